@@ -1,0 +1,317 @@
+"""The `megarl` command. A command that needs ranks starts its own, unless it already is one (RANK is set)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megarl import __version__, launcher
+from megarl.errors import BadInput, RunFailed
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reinforcement learning of Mixture-of-Experts language models: Megatron-core and vLLM in one torchrun.",
+)
+verify_app = typer.Typer(help="Compare what two engines, layouts or files should agree on.")
+app.add_typer(verify_app, name="verify")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the project.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="a.b=c", help="Values that replace the file's.", show_default=False),
+]
+Nproc = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, help="Local ranks (default: the smallest world the layout allows).", show_default=False
+    ),
+]
+
+
+def main() -> None:
+    """Run a command and exit: 0 done, 1 ran and failed, 2 bad input; errors are one line on stderr."""
+    try:
+        code = app(standalone_mode=False, prog_name="megarl") or 0
+    except BadInput as e:
+        code = _fail(str(e), 2)
+    except RunFailed as e:
+        code = _fail(str(e), 1)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+    except SystemExit:
+        raise
+    except Exception as e:
+        code = _fail_usage(e) if hasattr(e, "format_message") else _fail_unexpectedly(e)
+    if launcher.is_rank() and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a failed rank must not wait for the others in an exit handler
+    sys.exit(code)
+
+
+def _fail(line: str, code: int) -> int:
+    """Say it once, where a person sees it: through the launcher, or on stderr."""
+    line = " ".join(line.split())
+    launcher.report_failure(line, code)
+    who = f"rank {os.environ['RANK']}: " if launcher.is_rank() else ""
+    print(f"error: {who}{line}", file=launcher.error_stream(), flush=True)
+    return code
+
+
+def _fail_usage(error: Any) -> int:
+    """An argument or option that is not there, or is none."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "megarl"
+    return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+
+
+def _fail_unexpectedly(error: Exception) -> int:
+    text = "".join(traceback.format_exception(error))
+    line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    if launcher.is_rank():
+        print(text, file=sys.stderr, flush=True)
+        return _fail(line, 1)
+    with tempfile.NamedTemporaryFile("w", prefix="megarl-", suffix=".log", delete=False) as log:
+        log.write(text)
+    return _fail(f"{line} (traceback: {log.name})", 1)
+
+
+def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any]) -> None:
+    """In the command a user typed: prepare RUN_DIR/<part> and start the ranks. In a rank: do the work."""
+    from megarl.config import check_world, prepare_run_dir, smallest_world
+
+    logs = Path(config.run_dir) / part / "logs"
+    if not launcher.is_rank():
+        ranks = nproc or config.parallel.nproc or smallest_world(config)
+        check_world(config, ranks)
+        launcher.free_port()
+        run = prepare_run_dir(config, part)
+        command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
+        code = launcher.launch(command, ranks, logs, config.log.grace_seconds)
+        if code == 2:
+            run.discard()
+        raise typer.Exit(code)
+    check_world(config, int(os.environ["WORLD_SIZE"]))
+    if not launcher.launched_locally() and os.environ["RANK"] == "0":
+        prepare_run_dir(config, part)
+    launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")
+    _work(work)
+
+
+def _work(work: Callable[[], Any]) -> None:
+    from megarl import platform
+    from megarl.platform.signals import StopSignal
+
+    stop = StopSignal.install()
+    platform.setup()
+    try:
+        work()
+    except (EOFError, OSError) as e:  # the command line library takes these for the end of its own input and output
+        raise RuntimeError(f"{type(e).__name__}: {e}") from e
+    if stop.requested:
+        raise typer.Exit(stop.exit_code)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Supervised fine-tuning: the warm start before RL, or continued pre-training.
+
+    Example: [bold]megarl sft configs/cpu/quickstart.yaml sft.steps=100[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="sft")
+
+    def work() -> None:
+        from megarl.trainers import sft as trainer
+
+        trainer.run(cfg)
+
+    _run_ranks(cfg, "sft", nproc, work)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    from_rollouts: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Train on trajectories saved in this rollouts/ folder; sample nothing."),
+    ] = None,
+) -> None:
+    """Reinforcement learning: sample, score, update, sync, step after step.
+
+    Example: [bold]megarl train configs/cpu/quickstart.yaml rl.steps=20 run_dir=runs/try[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="rl")
+    _check_reward(cfg)
+    if from_rollouts is not None and not from_rollouts.exists():
+        raise BadInput(f"--from-rollouts {from_rollouts}: no such folder; give the rollouts/ folder of a run")
+
+    def work() -> None:
+        from megarl.trainers import rl as trainer
+
+        trainer.run(cfg, from_rollouts=from_rollouts)
+
+    _run_ranks(cfg, "rl", nproc, work)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Hugging Face or megarl checkpoint (default: the newest of the project)."),
+    ] = None,
+) -> None:
+    """Held-out accuracy: greedy, or avg@k and pass@k with eval.samples=k.
+
+    Example: [bold]megarl eval configs/cpu/quickstart.yaml --checkpoint runs/quickstart/rl/hf eval.samples=8[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="eval")
+    _check_reward(cfg)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise BadInput(f"--checkpoint {checkpoint}: no such folder; give a checkpoint folder")
+
+    def work() -> None:
+        from megarl.trainers import evaluate as trainer
+
+        trainer.run(cfg, checkpoint=checkpoint)
+
+    _run_ranks(cfg, "eval", nproc, work)
+
+
+@verify_app.command()
+def sync(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Sync the learner's weights into vLLM and compare every tensor family and the log-probs of both engines.
+
+    Example: [bold]megarl verify sync configs/cpu/quickstart.yaml[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="sync")
+
+    def work() -> None:
+        from megarl.verify.sync import verify_sync
+
+        verify_sync(cfg)
+
+    _run_ranks(cfg, "verify", nproc, work)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder to read.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="hf (safetensors) or megatron (distributed checkpoint).")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree to convert with.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline parallel degree to convert with.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert parallel degree to convert with.")] = 1,
+    etp: Annotated[int, typer.Option(min=1, help="Expert tensor parallel degree to convert with.")] = 1,
+) -> None:
+    """Convert a checkpoint between Hugging Face and Megatron. The result loads in any layout.
+
+    Example: [bold]megarl convert runs/quickstart/rl/checkpoints/step_000100 /tmp/model --to hf[/bold]
+    """
+    import math
+    import shutil
+
+    from megarl.config import Parallel
+
+    if to not in ("hf", "megatron"):
+        raise BadInput(f"--to {to}: set hf or megatron")
+    if not source.is_dir():
+        raise BadInput(f"{source}: no such folder; give a checkpoint folder")
+    parallel = Parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+    if not launcher.is_rank():
+        if target.exists():
+            raise BadInput(f"{target}: exists; give a folder that does not")
+        logs = Path(tempfile.mkdtemp(prefix="megarl-convert-"))
+        command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
+        code = launcher.launch(command, math.lcm(tp * pp, etp * ep * pp), logs, grace_seconds=8)
+        if code in (0, 2):
+            shutil.rmtree(logs)
+        raise typer.Exit(code)
+
+    def work() -> None:
+        from megarl.learner.convert_checkpoint import convert_checkpoint
+
+        convert_checkpoint(source, target, to, parallel)
+
+    _work(work)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
+    """Write RUN_DIR/report.html: one self-contained file with plots and sample responses.
+
+    Example: [bold]megarl report runs/quickstart[/bold]
+    """
+    if not run_dir.is_dir():
+        raise BadInput(f"{run_dir}: no such folder; give the run_dir of a run")
+    from megarl.report import write_report
+
+    print(write_report(run_dir))
+
+
+@app.command(name="config")
+def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every resolved field as YAML, its meaning, and whether it is a default, from the file or an override.
+
+    Example: [bold]megarl config configs/cpu/quickstart.yaml rl.steps=20[/bold]
+    """
+    from megarl.config import describe, resolve
+
+    for line in describe(resolve(config, overrides or ())):
+        print(line)
+
+
+@app.command()
+def doctor() -> None:
+    """Device, versions, what is missing and what each absence costs. Exit code 1 if something required is missing.
+
+    Example: [bold]megarl doctor[/bold]
+    """
+    from megarl.verify.doctor import examine
+
+    lines, healthy = examine()
+    print("\n".join(lines))
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _check_reward(config: Any) -> None:
+    from megarl.rewards.registry import check_reward
+
+    check_reward(config.reward)

@@ -1,0 +1,307 @@
+"""Everything about a configuration that involves more than one field, checked before a process starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megarl.config.schema import Config, DataSource
+from megarl.errors import BadInput
+
+Command = Literal["sft", "rl", "eval", "sync"]
+
+FAMILIES = ("qwen3_moe", "qwen3")
+REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http")
+
+
+def smallest_world(config: Config) -> int:
+    """Fewest ranks on which dense layers (tp x pp x cp), experts (etp x ep x pp) and the engine all fit evenly."""
+    p = config.parallel
+    return math.lcm(p.tp * p.pp * p.cp, p.etp * p.ep * p.pp, config.rollout.tensor_parallel)
+
+
+def check_config(config: Config, require: Command | None = None) -> None:
+    """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
+    _check_software(config)
+    _check_layout(config)
+    _check_sections(config, require)
+    _check_sources(config, must_exist=require)
+    _check_rewards(config)
+    shape = model_shape(config, require)
+    if shape is not None:
+        _check_shape(config, shape)
+        _check_lengths(config, shape["max_position_embeddings"])
+    check_world(config, config.parallel.nproc or smallest_world(config))
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise `BadInput` unless the layout and the batches divide over `world_size` ranks."""
+    p, smallest = config.parallel, smallest_world(config)
+    if world_size % smallest:
+        raise BadInput(
+            f"world size {world_size}: not a multiple of {smallest}, which tp={p.tp} pp={p.pp} cp={p.cp} ep={p.ep} "
+            f"etp={p.etp} and rollout.tensor_parallel={config.rollout.tensor_parallel} need; "
+            f"set parallel.nproc (or --nproc) to {max(1, world_size // smallest) * smallest}"
+        )
+    dp = world_size // (p.tp * p.pp * p.cp)
+    if config.sft is not None and config.sft.batch_size < dp:
+        raise BadInput(
+            f"sft.batch_size = {config.sft.batch_size}: below the {dp} data-parallel ranks; set at least {dp}"
+        )
+    if config.rl is not None:
+        rl = config.rl
+        per_step = rl.prompts_per_step * rl.samples_per_prompt // rl.optimizer_steps_per_rollout
+        if per_step < dp:
+            raise BadInput(
+                f"rl.prompts_per_step = {rl.prompts_per_step}: {per_step} sequences per optimizer step for {dp} "
+                f"data-parallel ranks; set at least {-(-dp * rl.optimizer_steps_per_rollout // rl.samples_per_prompt)}"
+            )
+
+
+def model_shape(config: Config, require: Command | None = None) -> Mapping[str, Any] | None:
+    """The keys of config.json that the layout depends on, from `model.path` or `model.generate`.
+
+    None when there is neither and no command requires a model. Raises `BadInput` when config.json cannot be used.
+    """
+    path = Path(config.model.path)
+    g = config.model.generate
+    wanted = None
+    if g is not None:
+        wanted = {
+            "model_type": g.family,
+            "hidden_size": g.hidden_size,
+            "num_hidden_layers": g.num_layers,
+            "num_attention_heads": g.num_heads,
+            "num_key_value_heads": g.num_kv_heads,
+            "head_dim": g.head_dim,
+            "intermediate_size": g.intermediate_size,
+            "max_position_embeddings": g.context,
+        }
+        if g.family == "qwen3_moe":
+            wanted |= {
+                "num_experts": g.num_experts,
+                "num_experts_per_tok": g.top_k,
+                "moe_intermediate_size": g.moe_intermediate_size,
+            }
+    if not (path / "config.json").exists():
+        if wanted is None and require is not None:
+            raise BadInput(
+                f"model.path = {config.model.path!r}: no config.json there; "
+                "give a Hugging Face checkpoint folder or a model.generate section"
+            )
+        return wanted
+    found = _read_config_json(path / "config.json")
+    for key, value in (wanted or {}).items():
+        if found.get(key, value) != value:
+            raise BadInput(
+                f"{path}/config.json: {key} = {found[key]}, but model.generate asks for {value}; "
+                "set another model.path, or remove model.generate to use the checkpoint as it is"
+            )
+    return found
+
+
+def _read_config_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file}: not readable as JSON ({str(e).splitlines()[0]}); restore the checkpoint") from None
+    family = found.get("model_type") if isinstance(found, dict) else None
+    if family not in FAMILIES:
+        raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    if "num_local_experts" in found:  # what transformers 5 writes
+        found.setdefault("num_experts", found["num_local_experts"])
+    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+    needed += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if family == "qwen3_moe" else []
+    for key in needed:
+        if not isinstance(found.get(key), int) or found[key] <= 0:
+            raise BadInput(f"{file}: {key} = {found.get(key)!r}; restore the file, it must be a positive integer")
+    found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    return found
+
+
+def _check_software(config: Config) -> None:
+    if config.parallel.cp > 1:
+        raise BadInput(
+            f"parallel.cp = {config.parallel.cp}: no layer provider here splits sequences; set parallel.cp: 1"
+        )
+    if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
+        raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise BadInput(
+            f"log.wandb = {config.log.wandb!r}: wandb is not installed; pip install wandb, or set log.wandb: none"
+        )
+
+
+def _check_layout(config: Config) -> None:
+    p = config.parallel
+    if p.vpp is not None and p.vpp > 1 and p.pp == 1:
+        raise BadInput(f"parallel.vpp = {p.vpp}: virtual stages need a pipeline; set parallel.pp above 1 or vpp: none")
+
+
+def _check_sections(config: Config, require: Command | None) -> None:
+    if require == "sft" and config.sft is None:
+        raise BadInput("sft: missing; add an sft section with data (megarl config lists its fields)")
+    if require == "rl" and config.rl is None:
+        raise BadInput("rl: missing; add an rl section with data (megarl config lists its fields)")
+    if require == "eval" and not config.eval.data:
+        raise BadInput("eval.data = []: nothing to evaluate on; add a held-out data source")
+    for name in ("sft", "rl"):
+        section = getattr(config, name)
+        if section is not None and not section.data:
+            raise BadInput(f"{name}.data = []: nothing to train on; add a data source")
+    if config.eval.every and not config.eval.data:
+        raise BadInput(
+            f"eval.every = {config.eval.every}: there is no eval.data; add a data source or set eval.every: 0"
+        )
+    if config.sft is not None and config.sft.validate_every and not config.sft.validation:
+        raise BadInput(
+            f"sft.validate_every = {config.sft.validate_every}: there is no sft.validation; add rows or set it to 0"
+        )
+    if config.rl is not None:
+        rl = config.rl
+        total = rl.prompts_per_step * rl.samples_per_prompt
+        if total % rl.optimizer_steps_per_rollout:
+            divisors = [d for d in range(1, rl.optimizer_steps_per_rollout) if total % d == 0]
+            raise BadInput(
+                f"rl.optimizer_steps_per_rollout = {rl.optimizer_steps_per_rollout}: does not divide the {total} "
+                "sequences "
+                f"of a rollout ({rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples); set {divisors[-1]}"
+            )
+        if rl.samples_per_prompt == 1 and (rl.algorithm.advantage is None or rl.algorithm.advantage.type == "group"):
+            raise BadInput("rl.samples_per_prompt = 1: a group of one has no advantage; set at least 2")
+    for name in ("sft", "rl"):
+        section = getattr(config, name)
+        if section is not None and max(section.optimizer.betas) >= 1:
+            raise BadInput(
+                f"{name}.optimizer.betas = {list(section.optimizer.betas)}: each must be below 1; set [0.9, 0.95]"
+            )
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Command, DataSource]]:
+    if config.sft is not None:
+        yield from (("sft.data", "sft", s) for s in config.sft.data)
+        yield from (("sft.validation", "sft", s) for s in config.sft.validation)
+    if config.rl is not None:
+        yield from (("rl.data", "rl", s) for s in config.rl.data)
+    yield from (("eval.data", "eval", s) for s in config.eval.data)
+
+
+def _check_sources(config: Config, must_exist: Command | None) -> None:
+    for key, command, source in _sources(config):
+        if source.type == "reasoning_gym":
+            if source.task is None:
+                raise BadInput(f"{key}: reasoning_gym without a task; set task, for example chain_sum")
+        elif source.path is None:
+            raise BadInput(f"{key}: {source.type} without a path; set path to a file or folder")
+        elif command == must_exist and source.type != "hf" and not Path(source.path).exists():
+            raise BadInput(f"{key}: path = {source.path!r}: no such file; set path to a {source.type} file or folder")
+        if source.reward is not None and source.reward not in config.reward.named:
+            named = ", ".join(config.reward.named) or "none yet"
+            raise BadInput(f"{key}: reward = {source.reward!r} is not in reward.named; name one of them ({named})")
+
+
+def _check_rewards(config: Config) -> None:
+    for key, reward in (("reward", config.reward), *((f"reward.named.{k}", r) for k, r in config.reward.named.items())):
+        if reward.type not in REWARD_TYPES and ":" not in reward.type:
+            raise BadInput(f"{key}.type = {reward.type!r}: set one of {', '.join(REWARD_TYPES)}, or module:function")
+        if reward is not config.reward and reward.named:
+            raise BadInput(f"{key}.named: named rewards cannot nest; move its entries to reward.named")
+
+
+def _divides(key: str, degree: int, what: str, count: int) -> None:
+    if count % degree:
+        fits = [d for d in range(1, min(degree, count) + 1) if count % d == 0]
+        raise BadInput(f"{key} = {degree}: does not divide the model's {count} {what}; set {fits[-1]}")
+
+
+def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
+    p, rollout = config.parallel, config.rollout
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    if heads % kv_heads:
+        raise BadInput(
+            f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads; set num_kv_heads so"
+        )
+    if config.model.generate is not None and config.model.generate.head_dim % 2:
+        raise BadInput(
+            f"model.generate.head_dim = {config.model.generate.head_dim}: rotary embedding needs an even width"
+        )
+    _divides("parallel.tp", p.tp, "attention heads", heads)
+    _divides("parallel.tp", p.tp, "key/value heads", kv_heads)
+    _divides("rollout.tensor_parallel", rollout.tensor_parallel, "attention heads", heads)
+    if kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % kv_heads:
+        _divides("rollout.tensor_parallel", rollout.tensor_parallel, "key/value heads", kv_heads)
+    layers, stages = shape["num_hidden_layers"], p.pp * (p.vpp or 1)
+    if layers % stages:
+        fits = [d for d in range(1, stages + 1) if layers % d == 0]
+        raise BadInput(
+            f"parallel.pp = {p.pp}, vpp = {p.vpp or 1}: {stages} stages do not divide the model's {layers} layers; "
+            f"set pp x vpp to {fits[-1]}"
+        )
+    if shape["model_type"] == "qwen3_moe":
+        if shape["num_experts_per_tok"] > shape["num_experts"]:
+            raise BadInput(
+                f"model: {shape['num_experts_per_tok']} experts per token of {shape['num_experts']}; lower top_k"
+            )
+        _divides("parallel.ep", p.ep, "experts", shape["num_experts"])
+        _divides("parallel.etp", p.etp, "expert intermediate columns", shape["moe_intermediate_size"])
+        _divides("rollout.tensor_parallel", rollout.tensor_parallel, "expert columns", shape["moe_intermediate_size"])
+        dense = shape.get("mlp_only_layers") or shape.get("decoder_sparse_step", 1) != 1
+    else:
+        for name in ("ep", "etp"):
+            if getattr(p, name) > 1:
+                raise BadInput(
+                    f"parallel.{name} = {getattr(p, name)}: a dense model has no experts; set parallel.{name}: 1"
+                )
+        if rollout.routed_experts:
+            raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
+        dense = True
+    if dense and shape.get("intermediate_size"):
+        _divides("parallel.tp", p.tp, "intermediate columns", shape["intermediate_size"])
+
+
+def _check_lengths(config: Config, model_context: int) -> None:
+    rollout = config.rollout
+    if rollout.max_context is not None and rollout.max_context > model_context:
+        raise BadInput(
+            f"rollout.max_context = {rollout.max_context}: the model's context is {model_context}; set at most that"
+        )
+    context = rollout.max_context or model_context
+    responses = [("rollout.max_response_tokens", rollout.max_response_tokens)] if config.rl is not None else []
+    if config.eval.data:
+        own = config.eval.max_response_tokens
+        responses += (
+            [("eval.max_response_tokens", own)]
+            if own
+            else [("rollout.max_response_tokens", rollout.max_response_tokens)]
+        )
+    for key, tokens in responses:
+        if tokens >= context:
+            raise BadInput(f"{key} = {tokens}: leaves no prompt in a context of {context}; set at most {context // 2}")
+    if config.rl is not None:
+        rl = config.rl
+        longest = (rl.max_prompt_tokens or 1) + rollout.max_response_tokens
+        if longest > context:
+            raise BadInput(
+                f"rl.max_prompt_tokens = {rl.max_prompt_tokens}: with {rollout.max_response_tokens} response tokens it "
+                f"exceeds the context of {context}; set at most {context - rollout.max_response_tokens}"
+            )
+        if longest > rl.micro_batch_tokens:
+            raise BadInput(
+                f"rl.micro_batch_tokens = {rl.micro_batch_tokens}: one sequence has up to {longest}; "
+                f"set at least {longest}"
+            )
+    if config.sft is not None and config.sft.max_tokens is not None:
+        sft = config.sft
+        if sft.max_tokens > model_context:
+            raise BadInput(
+                f"sft.max_tokens = {sft.max_tokens}: the model's context is {model_context}; set at most that"
+            )
+        if sft.max_tokens > sft.micro_batch_tokens:
+            raise BadInput(
+                f"sft.micro_batch_tokens = {sft.micro_batch_tokens}: one row has up to {sft.max_tokens}; "
+                "set at least that"
+            )

@@ -1,0 +1,67 @@
+"""The run folder: refused, or made whole, before anything starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.config.load import dump_config
+from megarl.config.schema import Config
+from megarl.errors import BadInput
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`RUN_DIR/<part>`, and what `prepare_run_dir` had to make for it (outermost first)."""
+
+    path: Path
+    created: tuple[Path, ...]
+
+    def discard(self) -> None:
+        """Remove what was made: the job turned out not to be able to start, and must leave nothing half-written."""
+        for path in self.created:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def prepare_run_dir(config: Config, part: str) -> RunDir:
+    """Make `RUN_DIR/<part>/logs` (part: sft, rl, eval, verify) and write `RUN_DIR/config.yaml`.
+
+    Raises `BadInput`, and writes nothing, when sft/ or rl/ already holds a run and `resume` is `never`, or when the
+    folder cannot be written.
+    """
+    root = Path(config.run_dir)
+    path = root / part
+    missing: list[Path] = []
+    try:
+        if part in ("sft", "rl") and config.resume == "never" and path.is_dir() and any(path.iterdir()):
+            raise BadInput(
+                f"run_dir = {config.run_dir!r}: {path} already holds a run; "
+                "set resume=auto to continue it, or another run_dir"
+            )
+        chain = (*reversed(root.parents), root, path, path / "logs", root / "config.yaml")
+        missing = [p for p in chain if not p.exists()]
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        _write(root / "config.yaml", dump_config(config))
+    except OSError as e:
+        RunDir(path, tuple(missing)).discard()
+        raise BadInput(
+            f"run_dir = {config.run_dir!r}: cannot be written ({e.strerror}: {e.filename}); set another run_dir"
+        ) from None
+    return RunDir(path, tuple(missing))
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace `file` in one step."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".config-")
+    with os.fdopen(handle, "w", encoding="utf-8") as out:
+        out.write(text)
+    os.chmod(name, 0o644)
+    os.replace(name, file)

@@ -1,0 +1,364 @@
+"""Every setting, its type, its default and its meaning: the docstring under a field is what `megarl config` prints.
+
+No torch in here: a configuration is checked before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def may_be_unset(field: Any) -> bool:
+    """Whether the model field accepts None and has no value of its own called `none`."""
+    if field is None or type(None) not in get_args(field.annotation):
+        return False
+    return not any(get_origin(a) is Literal and "none" in get_args(a) for a in get_args(field.annotation))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """`none` unsets a field that may be unset; a section given in part keeps the other defaults of its place."""
+        if not isinstance(data, dict):
+            return data
+        out = {}
+        for key, value in data.items():
+            field = cls.model_fields.get(key)
+            if value == "none" and may_be_unset(field):
+                value = None
+            elif isinstance(value, dict) and field is not None and isinstance(field.default, Section):
+                value = field.default.model_dump(exclude_unset=True) | value
+            out[key] = value
+        return out
+
+
+class DataSource(Section):
+    type: Literal["jsonl", "parquet", "hf", "reasoning_gym"]
+    """Where the rows come from; `hf` is a data set saved on disk by `datasets`, or a hub name."""
+    path: str | None = None
+    """File or folder (jsonl, parquet, hf)."""
+    split: str = "train"
+    """Split of an `hf` data set."""
+    task: str | None = None
+    """reasoning-gym data set name, for example chain_sum."""
+    params: dict[str, Any] = {}
+    """Passed to the reasoning-gym data set (min_terms, max_digits, ...)."""
+    size: Positive = 10_000
+    """Rows to generate (reasoning_gym)."""
+    seed: int = 0
+    """Seed of the generator (reasoning_gym); use another one for held-out data."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in a mixture, relative to the others."""
+    reward: str | None = None
+    """Name of the reward for rows that name none themselves."""
+
+
+class Tokenizer(Section):
+    vocab_size: Positive = 512
+    """Entries including the special tokens; digits always stand alone."""
+    train_on: list[DataSource] = []
+    """Texts the byte-level BPE is trained on; empty: bytes only."""
+
+
+class Generate(Section):
+    """A small random checkpoint in Hugging Face format, made from a seed when `model.path` does not exist yet."""
+
+    family: Literal["qwen3_moe", "qwen3"] = "qwen3_moe"
+    """Model family."""
+    seed: int = 0
+    """Seed of the weights."""
+    hidden_size: Positive = 128
+    """Width of the residual stream."""
+    num_layers: Positive = 4
+    """Transformer layers."""
+    num_heads: Positive = 8
+    """Query heads."""
+    num_kv_heads: Positive = 2
+    """Key/value heads."""
+    head_dim: Positive = 32
+    """Width of one head."""
+    intermediate_size: Positive = 256
+    """Width of a dense MLP."""
+    num_experts: Positive = 8
+    """Experts per MoE layer."""
+    top_k: Positive = 2
+    """Experts per token."""
+    moe_intermediate_size: Positive = 64
+    """Width of one expert."""
+    context: Positive = 512
+    """Longest sequence (max_position_embeddings)."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary embedding."""
+    tie_embeddings: bool = False
+    """Output layer shares the embedding's weights."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights."""
+    tokenizer: Tokenizer = Tokenizer()
+    """The tokenizer made with the checkpoint."""
+
+
+class Model(Section):
+    path: str
+    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
+    generate: Generate | None = None
+    """Make the checkpoint at `path` when it is not there."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Learner and rollout precision."""
+    layers: Literal["auto", "torch", "te"] = "auto"
+    """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
+    router_dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the router's matrix product and softmax."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+
+
+class Parallel(Section):
+    nproc: Positive | None = None
+    """Ranks to start locally; none: the smallest world the layout allows (torchrun's own world wins)."""
+    tp: Positive = 1
+    """Tensor parallel degree (sequence parallelism is on whenever it is above 1)."""
+    pp: Positive = 1
+    """Pipeline parallel degree."""
+    vpp: Positive | None = None
+    """Virtual pipeline stages per rank."""
+    ep: Positive = 1
+    """Expert parallel degree."""
+    etp: Positive = 1
+    """Expert tensor parallel degree."""
+    cp: Positive = 1
+    """Context parallel degree."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """Megatron's MoE token dispatcher."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 10
+    """A collective that takes longer ends the job."""
+
+
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.0
+    """Learning rate at the end of the schedule, as a share of the peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after the warm-up."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Adam's averaging coefficients."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (norms and biases excluded)."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+class SFT(Section):
+    data: list[DataSource]
+    """Training rows: chat `messages`, `prompt`/`response`, or `text`."""
+    validation: list[DataSource] = []
+    """Rows for the validation loss."""
+    validate_every: NonNegative = 0
+    """Steps between validation losses; 0 = only at the end."""
+    steps: Positive = 200
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_tokens: Positive = 8192
+    """Token budget of one packed micro-batch on one rank."""
+    max_tokens: Positive | None = None
+    """Longer rows are dropped and counted; none: the model's context."""
+    optimizer: Optimizer = Optimizer(lr=1e-3, schedule="cosine", warmup_steps=10)
+    """Optimizer and schedule."""
+
+
+class Advantage(Section):
+    type: Literal["group"] = "group"
+    """`group`: reward minus the mean of its prompt group."""
+    scale: Literal["std", "none"] | None = None
+    """`std`: divide by the group's standard deviation (ddof 1); `none`: do not; unset: as the preset."""
+    eps: Annotated[float, Field(ge=0)] | None = None
+    """Added to the standard deviation; unset: as the preset (1e-6)."""
+
+
+class Gate(Section):
+    type: Literal["none", "clip"] = "clip"
+    """What bounds the update: PPO's clip, or nothing."""
+    low: Annotated[float, Field(ge=0)] | None = None
+    """Clip at 1 - low; none: as the preset."""
+    high: Annotated[float, Field(ge=0)] | None = None
+    """Clip at 1 + high; none: as the preset."""
+    dual: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip for negative advantages."""
+
+
+class KL(Section):
+    estimator: Literal["k1", "k2", "k3", "k3+", "k3-is"] = "k3"
+    """Schulman's estimators; `k3+` has k3's value and k2's gradient."""
+    coef: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of the term in the loss."""
+
+
+class Algorithm(Section):
+    """An algorithm is a value on independent axes: a preset names one, and single axes override it."""
+
+    preset: Literal["gspo", "grpo"] = "gspo"
+    """Where the axes below start from."""
+    advantage: Advantage | None = None
+    """Advantage estimator."""
+    ratio: Literal["none", "token", "sequence", "sequence-token"] | None = None
+    """Level of the importance ratio."""
+    gate: Gate | None = None
+    """What bounds the update."""
+    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] | None = None
+    """How token losses become one number, always with global denominators."""
+    kl: KL | None = None
+    """Penalty towards the reference model; unset: as the preset; with coef 0 there is none and no reference is kept."""
+
+
+class RL(Section):
+    data: list[DataSource]
+    """Prompts: `messages` or `prompt`, `answer`, optional `reward` name."""
+    algorithm: Algorithm = Algorithm()
+    """The policy-gradient loss."""
+    steps: Positive = 100
+    """Rollout steps: sample, score, update, sync."""
+    prompts_per_step: Positive = 16
+    """Prompts sampled each step, over all ranks."""
+    samples_per_prompt: Positive = 8
+    """Responses per prompt: the size of a group."""
+    optimizer_steps_per_rollout: Positive = 4
+    """Optimizer steps each rollout batch is split into."""
+    micro_batch_tokens: Positive = 8192
+    """Token budget of one packed micro-batch on one rank."""
+    max_prompt_tokens: Positive | None = None
+    """Longer prompts are dropped and counted; none: what the context leaves beside the response."""
+    optimizer: Optimizer = Optimizer()
+    """Optimizer and schedule; the schedule counts optimizer steps."""
+    init_from: Literal["sft", "model"] = "sft"
+    """Start from the SFT result of this project, or from `model.path`; `sft` without an `sft` section means `model`."""
+    reference: str | None = None
+    """Checkpoint of the reference model; none: the policy the run starts from."""
+
+
+class Rollout(Section):
+    max_response_tokens: Positive = 64
+    """Longest response."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; the learner divides its logits by the same."""
+    tensor_parallel: Positive = 1
+    """Ranks that share one engine."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25
+    """Key/value cache per engine on a CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Share of a CUDA device that vLLM may take."""
+    max_concurrent: Positive = 512
+    """Sequences the engine decodes at once."""
+    max_context: Positive | None = None
+    """Longest prompt + response the engine accepts; none: the model's context."""
+    sync_threshold: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5 in float32, 5e-2 in bfloat16."""
+    probe_sequences: Positive = 4
+    """Fixed sequences each weight sync is checked with."""
+    routed_experts: bool = False
+    """Record which experts the engine used for every token."""
+
+
+class Reward(Section):
+    type: str = "exact_match"
+    """exact_match, regex, math_verify, reasoning_gym, http, or `module:function`."""
+    params: dict[str, Any] = {}
+    """Passed to the reward (pattern, url, ...)."""
+    named: dict[str, Reward] = {}
+    """Rewards that rows can choose by name."""
+    workers: Positive = 1
+    """Scoring processes per rank."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 10
+    """Hard limit for one response; the worker is killed and replaced."""
+    failed_score: float = 0.0
+    """Score of a response whose reward crashed or timed out."""
+    max_failed_fraction: Fraction = 0.2
+    """The run stops when more than this share of a step's responses could not be scored."""
+
+
+class Eval(Section):
+    data: list[DataSource] = []
+    """Held-out problems."""
+    every: NonNegative = 0
+    """Rollout steps between evaluations; 0 = only before the first and after the last step."""
+    samples: Positive = 1
+    """Responses per problem; 1 = greedy, k > 1 = sampled, reported as avg@k and pass@k."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature when samples > 1."""
+    max_response_tokens: Positive | None = None
+    """Longest response; none: the rollout's."""
+
+
+class Checkpoint(Section):
+    every: NonNegative = 50
+    """Steps between checkpoints; 0 = only at the end."""
+    keep: Positive = 2
+    """How many are kept."""
+
+
+class Export(Section):
+    every: NonNegative = 0
+    """Steps between Hugging Face exports; 0 = only at the end."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the exported weights; none: the learner's."""
+
+
+class Log(Section):
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+    rollouts_every: NonNegative = 1
+    """Steps between files of sampled trajectories in rollouts/; 0 = none."""
+    profile_steps: list[NonNegative] = []
+    """Steps recorded with the PyTorch profiler into profile/."""
+    grace_seconds: Annotated[float, Field(ge=0)] = 8
+    """How long Ctrl-C waits for the end of the step."""
+
+
+class Config(Section):
+    """One YAML holds a whole project."""
+
+    seed: int = 1
+    """Everything random in the run derives from it."""
+    run_dir: str = "runs/default"
+    """Where everything the project writes goes: sft/, rl/, report.html."""
+    resume: Literal["auto", "never"] = "never"
+    """`auto`: continue from the newest checkpoint when there is one; `never`: refuse an existing run folder."""
+    model: Model
+    """The model to train."""
+    parallel: Parallel = Parallel()
+    """Degrees of parallelism."""
+    sft: SFT | None = None
+    """Supervised warm start (`megarl sft`)."""
+    rl: RL | None = None
+    """Reinforcement learning (`megarl train`)."""
+    rollout: Rollout = Rollout()
+    """Sampling."""
+    reward: Reward = Reward()
+    """How responses are scored."""
+    eval: Eval = Eval()
+    """Held-out accuracy."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Distributed checkpoints."""
+    export: Export = Export()
+    """Hugging Face exports."""
+    log: Log = Log()
+    """What is written beside the console."""

@@ -1,0 +1,10 @@
+"""Hugging Face <-> Megatron: one bidirectional table per model family, and what is read off it."""
+
+from __future__ import annotations
+
+from megarl.convert.families import FAMILIES, family
+from megarl.convert.load import load_hf, read_spec, validate_folder
+from megarl.convert.save import save_hf
+from megarl.convert.stream import stream_hf
+
+__all__ = ["FAMILIES", "family", "load_hf", "read_spec", "save_hf", "stream_hf", "validate_folder"]

@@ -1,0 +1,17 @@
+"""The model families megarl converts: one table each."""
+
+from __future__ import annotations
+
+from megarl.convert.families.qwen3 import QWEN3
+from megarl.convert.families.qwen3_moe import QWEN3_MOE
+from megarl.convert.family import Family
+from megarl.errors import BadInput
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_MOE, QWEN3)}
+
+
+def family(model_type: str, where: str = "config.json") -> Family:
+    """The table of a `model_type`. Raises BadInput, naming the supported ones."""
+    if model_type not in FAMILIES:
+        raise BadInput(f"{where}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

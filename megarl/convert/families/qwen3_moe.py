@@ -1,0 +1,58 @@
+"""Qwen3-MoE: Qwen3 whose MLP is a router and experts in all layers, or in those config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megarl.convert.families.qwen3 import ATTENTION, DENSE_MLP, FIXED, KEYS, MODEL
+from megarl.convert.family import Family
+from megarl.convert.hf_config import Key
+from megarl.convert.rules import experts, plain
+from megarl.errors import BadInput
+from megarl.models.spec import ModelSpec
+
+MOE_KEYS = tuple(key for key in KEYS if key.field != "head_dim") + (
+    Key("head_dim", "head_dim", default=lambda config: config["hidden_size"] // config["num_attention_heads"]),
+    Key("num_experts", "num_experts", aliases=("num_local_experts",)),
+    Key("top_k", "num_experts_per_tok"),
+    Key("moe_intermediate_size", "moe_intermediate_size"),
+    Key("norm_topk_prob", "norm_topk_prob", bool, False),
+)
+
+MOE_MLP = (
+    plain("mlp.router.weight", "mlp.gate.weight", "EH"),
+    experts(
+        "mlp.experts.weight1", "mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", dims="MH", split=0
+    ),
+    experts("mlp.experts.weight2", "mlp.experts.{e}.down_proj.weight", dims="HM", split=1),
+)
+
+
+def read_moe_layers(config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Every decoder_sparse_step-th layer is MoE, except mlp_only_layers."""
+    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    if not isinstance(step, int) or step < 1:
+        raise BadInput(f"{where}: decoder_sparse_step={step!r} must be a positive int")
+    layers = range(config["num_hidden_layers"])
+    if not isinstance(dense, list) or any(i not in layers for i in dense):
+        raise BadInput(f"{where}: mlp_only_layers={dense!r} must list layers from 0 to {len(layers) - 1}")
+    return {"moe_layers": tuple(i for i in layers if i not in dense and (i + 1) % step == 0)}
+
+
+def write_moe_layers(spec: ModelSpec) -> dict[str, Any]:
+    dense = [i for i in range(spec.num_layers) if i not in spec.moe_layers]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    keys=MOE_KEYS,
+    fixed=FIXED,
+    model=MODEL,
+    layer=lambda spec, index: ATTENTION + (MOE_MLP if index in spec.moe_layers else DENSE_MLP),
+    read_extra=read_moe_layers,
+    write_extra=write_moe_layers,
+    extra_keys=("decoder_sparse_step", "mlp_only_layers"),
+)

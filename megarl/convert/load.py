@@ -1,0 +1,99 @@
+"""Hugging Face -> Megatron: each rank reads the ranges its parameters need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megarl.convert.families import family
+from megarl.convert.family import LAYER
+from megarl.convert.hf_io import HFReader, check_names, read_config
+from megarl.convert.rules import Rule, Shard
+from megarl.errors import BadInput, RunFailed
+from megarl.models.spec import ModelSpec
+
+
+def read_spec(path: str | Path) -> ModelSpec:
+    """The architecture of a Hugging Face checkpoint folder.
+
+    Raises BadInput for a missing or malformed config.json, an unsupported model_type, and every setting that would
+    change the numbers and is not implemented.
+    """
+    where = str(Path(path) / "config.json")
+    config = read_config(path)
+    return family(config.get("model_type"), where).read_config(config, where)
+
+
+@torch.no_grad()
+def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) -> None:
+    """Fills this rank's chunks from a checkpoint folder, converting to the parameters' dtype.
+
+    Only the ranges this rank holds are read. Raises BadInput when the files are damaged or do not fit `spec`.
+    """
+    table, reader, shard = family(spec.family), HFReader(path), Shard.of(mesh)
+    expected = set(table.hf_shapes(spec))
+    ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tie_embeddings else ()))
+    check_names(reader, expected, ignored)
+    for rule, tensor in matched(chunks, spec).values():
+        for name, size in _shapes_on(rule, spec, shard).items():
+            reader.check(name, size)
+        if tuple(tensor.shape) != rule.local_shape(spec, shard):
+            raise RunFailed(
+                f"load: {rule.megatron} has shape {list(tensor.shape)} in the learner where the {spec.family} table "
+                f"expects {list(rule.local_shape(spec, shard))}"
+            )
+        regions = rule.regions(spec, shard)
+        covered = sum(tensor[region.local].numel() for region in regions)
+        if covered < tensor.numel():
+            tensor.zero_()
+        for region in regions:
+            tensor[region.local].copy_(reader.read(region.hf_name, region.hf))
+
+
+def _shapes_on(rule: Rule, spec: ModelSpec, shard: Shard) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors this rank reads: of all experts, only its own."""
+    shapes = rule.hf_shapes(spec)
+    return {region.hf_name: shapes[region.hf_name] for region in rule.regions(spec, shard)}
+
+
+def matched(chunks: list[nn.Module], spec: ModelSpec) -> dict[str, tuple[Rule, Tensor]]:
+    """Every tensor of this rank's chunks that a checkpoint holds, with its rule, by its name with global layer numbers.
+
+    Raises RunFailed for a parameter without a rule.
+    """
+    rules = {rule.megatron: rule for block in family(spec.family).blocks(spec) for rule in block}
+    out = {}
+    for chunk in chunks:
+        for name, tensor, is_parameter in _named_tensors(chunk):
+            if name in rules:
+                out[name] = (rules[name], tensor)
+            elif is_parameter:
+                raise RunFailed(f"conversion: no rule of the {spec.family} table names the parameter {name}")
+    return out
+
+
+def _named_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Parameters and buffers of one chunk (wrapped or not), named with global layer numbers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    tensors = [(name, p.data, True) for name, p in chunk.named_parameters()]
+    tensors += [(name, b, False) for name, b in chunk.named_buffers() if b is not None]
+    for name, tensor, is_parameter in tensors:
+        if name.startswith(LAYER):
+            local, rest = name.removeprefix(LAYER).split(".", 1)
+            name = f"{LAYER}{numbers[int(local)]}.{rest}"
+        yield name, tensor, is_parameter
+
+
+def validate_folder(path: str | Path) -> ModelSpec:
+    """`read_spec`, and all weights are there with the right shapes. Raises BadInput."""
+    spec, reader = read_spec(path), HFReader(path)
+    for name, size in family(spec.family).hf_shapes(spec).items():
+        reader.check(name, size)
+    if not (Path(path) / "tokenizer_config.json").exists():
+        raise BadInput(f"{path}: tokenizer_config.json is missing; save the tokenizer into this folder")
+    return spec

@@ -1,0 +1,238 @@
+"""`Policy`: one model of the learner, its optimizer, and the two passes everything else is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megarl import platform
+from megarl.config.schema import Config, Optimizer
+from megarl.convert import load_hf, read_spec
+from megarl.learner.optimizer import build_optimizer, build_schedule
+from megarl.metrics import Max, Mean, Metric, merge
+from megarl.models.build import DTYPES, build_model, transformer_config
+from megarl.models.log_probs import token_log_probs
+from megarl.models.packing_params import PackedRow
+from megarl.models.spec import ModelSpec
+from megarl.parallel import Mesh
+from megarl.types import Batch, MicroBatch, SequenceShards
+
+platform.setup()
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+
+Role = Literal["policy", "reference", "critic", "reward"]
+# (the micro-batch's tokens on the device, log-probs [n], entropy [n], shards) -> its share of the step's loss, metrics
+LossFunction = Callable[[Batch, Tensor, Tensor, SequenceShards], tuple[Tensor, dict[str, Metric]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. `metrics` are this rank's, to be reduced once over all ranks."""
+
+    applied: bool  # False: a gradient was not finite, and nothing was changed
+    grad_norm: float  # before clipping, over all ranks
+    metrics: dict[str, Metric]
+
+
+class Policy:
+    """A Megatron-core model on this rank's part of the mesh, for training (`optimizer` given) or for scoring."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        cfg: Config,
+        mesh: Mesh,
+        role: Role = "policy",
+        optimizer: Optimizer | None = None,
+        total_steps: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        self.spec, self.mesh, self.role = spec, mesh, role
+        self.temperature = temperature
+        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel.dispatcher)
+        dtype = DTYPES[cfg.model.dtype]
+        self.modules = build_model(spec, cfg.model, mesh, cfg.parallel.dispatcher)  # what convert reads and writes
+        chunks = [Float16Module(self.config, m) for m in self.modules] if dtype is torch.bfloat16 else self.modules
+        self.optimizer = self.schedule = None
+        if optimizer is not None:
+            distributed = cfg.parallel.distributed_optimizer
+            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+            chunks = [DistributedDataParallel(self.config, ddp, c) for c in chunks]
+            self.optimizer = build_optimizer(optimizer, dtype, chunks, distributed)
+            self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
+            config = get_model_config(chunks[0])
+            config.finalize_model_grads_func = finalize_model_grads
+            config.grad_scale_func = self.optimizer.scale_loss
+        self.chunks = chunks
+        self.updates = 0  # optimizer steps taken: the policy version
+        self._run = get_forward_backward_func()
+
+    @classmethod
+    def from_hf(cls, path: str | Path, cfg: Config, mesh: Mesh, **settings: Any) -> Policy:
+        """A policy with the weights of a Hugging Face folder. Raises BadInput when it cannot be read."""
+        policy = cls(read_spec(path), cfg, mesh, **settings)
+        policy.load_hf(path)
+        return policy
+
+    def load_hf(self, path: str | Path) -> None:
+        """Replace the weights, and the optimizer's main copy of them, by those of a Hugging Face folder."""
+        load_hf(path, self.modules, self.spec, self.mesh)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def next_lr(self) -> float:
+        """The learning rate of the next optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probs and entropies `[n]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
+
+        The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
+        """
+        with self._evaluating():
+            outputs = self._forward_backward(micro_batches, self._collect, forward_only=True, collect=True)
+        outputs = outputs if self.mesh.is_last_stage else []
+        return [o[0] for o in outputs], [o[1] for o in outputs]
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
+        """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
+
+        A step whose gradient norm is not finite on any rank changes nothing and says `applied=False`.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
+
+        def wrapped(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+            return _megatron_loss(*self._loss(micro_batch, logits, loss), logits, scale)
+
+        collected = self._forward_backward(micro_batches, wrapped, forward_only=False)
+        lr = self.next_lr()
+        applied, grad_norm = self._apply()
+        metrics: dict[str, Metric] = {}
+        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:  # the other ranks would repeat the same numbers
+            for item in collected:
+                merge(metrics, item)
+        metrics |= {"policy/grad_norm": Mean(grad_norm), "policy/grad_norm_max": Max(grad_norm), "policy/lr": Mean(lr)}
+        return StepResult(applied, grad_norm, metrics)
+
+    def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
+        """The loss's metrics over this rank's micro-batches, without a gradient."""
+
+        def wrapped(micro_batch: MicroBatch, logits: Tensor) -> dict[str, Metric]:
+            return self._loss(micro_batch, logits, loss)[1]
+
+        with self._evaluating(), torch.no_grad():
+            collected = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
+        metrics: dict[str, Metric] = {}
+        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
+            for item in collected:
+                merge(metrics, item)
+        return metrics
+
+    def _apply(self) -> tuple[bool, float]:
+        """Measure the gradient, check that it is finite on every rank, clip and step."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        overflow = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if self.mesh.any(overflow or not math.isfinite(grad_norm)):
+            return False, grad_norm
+        clip = self.optimizer.config.clip_grad
+        for part in parts:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if clip > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.schedule.step(1)
+        self.updates += 1
+        return True, grad_norm
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for chunk in self.chunks:
+            chunk.eval()
+        yield
+
+    def _forward_backward(
+        self, micro_batches: Sequence[MicroBatch], last_stage: Callable, forward_only: bool, collect: bool = False
+    ) -> list[Any]:
+        """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, logits)` runs on the last one."""
+        rows = [self._row(micro_batch) for micro_batch in micro_batches]
+
+        def step(data: Iterator, model: Any) -> tuple[Tensor, Callable]:
+            micro_batch, row = next(data)
+            tokens = micro_batch.tokens.to(platform.device())[None]
+            out = model(tokens, row.position_ids[None], None, packed_seq_params=row)
+            if collect:
+                return out, lambda logits, non_loss_data=True: last_stage(micro_batch, logits)
+            return out, lambda logits: last_stage(micro_batch, logits)
+
+        iterators = [iter(list(zip(micro_batches, rows, strict=True))) for _ in self.chunks]
+        return self._run(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=max(m.tokens.numel() for m in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect,
+        )
+
+    def _row(self, micro_batch: MicroBatch) -> PackedRow:
+        device = platform.device()
+        return PackedRow.build(
+            micro_batch.cu_seqlens.to(device),
+            micro_batch.position_ids.to(device),
+            self.spec.head_dim,
+            self.spec.rope_theta,
+        )
+
+    def _token_log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy `[n]` of the real tokens (padding cut off)."""
+        tokens = micro_batch.tokens.to(logits.device)
+        log_probs, entropy = token_log_probs(
+            logits[0], tokens, self.spec.vocab_size, self.mesh.tp_group, self.temperature
+        )
+        real = micro_batch.batch.tokens.numel()
+        return log_probs[:real], entropy[:real]
+
+    def _collect(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs, entropy = self._token_log_probs(micro_batch, logits)
+        return log_probs.cpu(), entropy.cpu()
+
+    def _loss(self, micro_batch: MicroBatch, logits: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
+        log_probs, entropy = self._token_log_probs(micro_batch, logits)
+        batch = micro_batch.batch.to(logits.device)
+        shards = SequenceShards(batch.sequence_ids(), len(batch))
+        return loss(batch, log_probs, entropy, shards)
+
+
+def _megatron_loss(
+    loss: Tensor, metrics: dict[str, Metric], logits: Tensor, scale: int
+) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+    """The seam to Megatron's loss scaling: the only place that undoes it.
+
+    `loss` is this micro-batch's share of the optimizer step's loss, with global denominators. Megatron divides by the
+    token count it is given (1), by the number of micro-batches, and its gradient reduction by dp * cp; `scale` is the
+    product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
+    token.
+    """
+    loss = loss * scale + 0.0 * logits.float().sum()
+    return loss, torch.ones((), dtype=torch.int, device=logits.device), metrics

@@ -1,0 +1,1 @@
+"""Models: what a checkpoint describes (`spec`), built as Megatron-core modules (`build`)."""

@@ -1,0 +1,146 @@
+"""`ModelSpec` -> Megatron-core `GPTModel` through a layer provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megarl import platform
+from megarl.config.schema import Model
+from megarl.errors import BadInput
+from megarl.models.spec import ModelSpec
+from megarl.parallel import Mesh
+
+platform.setup()
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
+from megarl.models.moe.experts import GroupedExperts  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, dispatcher: str = "alltoall") -> TransformerConfig:
+    """Megatron's configuration for `spec` in the precision of `model` on the layout of `mesh`."""
+    dtype = DTYPES[model.dtype]
+    # Megatron checks the dispatcher of a dense model too, and its default refuses variable lengths
+    moe: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    if spec.is_moe:
+        moe = dict(
+            num_moe_experts=spec.num_experts,
+            moe_router_topk=spec.top_k,
+            moe_ffn_hidden_size=spec.moe_intermediate_size,
+            moe_layer_freq=[int(layer in spec.moe_layers) for layer in range(spec.num_layers)],
+            moe_router_pre_softmax=not spec.norm_topk_prob,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype={"float32": "fp32", "float64": "fp64"}[model.router_dtype],
+            moe_token_dispatcher_type=dispatcher,
+            moe_grouped_gemm=False,
+        )
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.intermediate_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # every weight is loaded from a checkpoint, but initialisation is where Megatron marks a weight as sharded over
+        # tp, and an unmarked shard is left out of the gradient norm on all ranks but the first
+        perform_initialization=True,
+        tensor_model_parallel_size=mesh.tp,
+        sequence_parallel=mesh.tp > 1,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=mesh.vpp,
+        context_parallel_size=mesh.cp,
+        expert_model_parallel_size=mesh.ep,
+        expert_tensor_parallel_size=mesh.etp,
+        variable_seq_lengths=mesh.pp > 1,  # micro-batches are packed to different lengths
+        # with two stages and virtual stages the batched send/receive pairs the wrong messages, without an error
+        overlap_p2p_comm=bool(mesh.vpp and mesh.vpp > 1),
+        batch_p2p_comm=not (mesh.vpp and mesh.vpp > 1),
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        **moe,
+    )
+
+
+def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
+    if is_moe:
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts)))
+    else:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=PackedAttention, params={"norm": RMSNorm if spec.qk_norm else None}),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_model(spec: ModelSpec, model: Model, mesh: Mesh, dispatcher: str = "alltoall") -> list[GPTModel]:
+    """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
+
+    Raises BadInput when the layer provider is not available.
+    """
+    if model.layers == "te":
+        raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
+    config = transformer_config(spec, model, mesh, dispatcher)
+    model_parallel_cuda_manual_seed(1)
+    chunks = []
+    for stage in range(mesh.vpp or 1):
+        vp_stage = stage if mesh.vpp else None
+        first = mesh.pp_rank == 0 and stage == 0
+        last = mesh.is_last_stage and stage == (mesh.vpp or 1) - 1
+        offset = get_transformer_layer_offset(config, vp_stage, mesh.pp_rank)
+        count = spec.num_layers // (mesh.pp * (mesh.vpp or 1))
+        layers = [_layer_spec(spec, offset + i in spec.moe_layers) for i in range(count)]
+        chunk = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            vocab_size=spec.padded_vocab_size(mesh.tp),
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.tie_embeddings,
+            position_embedding_type="none",  # the attention applies rotary positions from the packed row
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(platform.device()))
+    return chunks

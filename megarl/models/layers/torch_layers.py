@@ -1,0 +1,112 @@
+"""The PyTorch layer provider: Megatron's parallel linears around PyTorch's norm, attention and grouped matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megarl.models.packing_params import PackedRow
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (1910.07467) over the last dimension, computed in float32.
+
+    Megatron's own torch norm refuses sequence parallelism; all it needs is the attribute on the weight that makes
+    Megatron sum its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+class PackedAttention(MegatronModule):
+    """Causal grouped-query attention over one packed row, with per-head norms and rotary positions.
+
+    Input `[n(/tp), 1, hidden]` (sharded over tp under sequence parallelism), output of the same shape. The fused
+    projection is laid out per key/value group as `[q .. q, k, v]`, as everywhere in Megatron.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        norm: type | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.head_dim = config.kv_channels
+        tp = config.tensor_model_parallel_size
+        self.groups = config.num_query_groups // tp  # key/value heads on this rank
+        self.queries = config.num_attention_heads // config.num_query_groups  # query heads per key/value head
+        width = (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim
+        common = dict(config=config, bias=False, skip_bias_add=True, init_method=config.init_method)
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size, width, gather_output=False, tp_group=pg_collection.tp, **common
+        )
+        self.linear_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            input_is_parallel=True,
+            tp_group=pg_collection.tp,
+            **common,
+        )
+        make_norm = (lambda: norm(config, self.head_dim, config.layernorm_epsilon)) if norm else lambda: None
+        self.q_layernorm, self.k_layernorm = make_norm(), make_norm()
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        qkv, _bias = self.linear_qkv(hidden_states)
+        qkv = qkv.view(-1, self.groups, self.queries + 2, self.head_dim)
+        query, key, value = qkv.split([self.queries, 1, 1], dim=2)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = _rotate(query, packed_seq_params.rotary), _rotate(key, packed_seq_params.rotary)
+        query = query.reshape(-1, self.groups * self.queries, self.head_dim)
+        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions on `[n, groups, heads, head_dim]`, in float32."""
+    cos, sin = (part[:, None, None, :] for part in rotary)
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """Causal attention inside each document of a packed row: `[n, heads, head_dim]` and two `[n, kv_heads, head_dim]`.
+
+    One `scaled_dot_product_attention` per bucket of similar lengths: on a CPU that is faster than a mask over the whole
+    row, and for documents of very different lengths it becomes a call per document.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for bucket in row.buckets:
+        q, k, v = (
+            (x if bucket.index is None else x.index_select(0, bucket.index))
+            .view(bucket.documents, bucket.length, -1, x.shape[-1])
+            .transpose(1, 2)
+            for x in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if row.restore is None else out.index_select(0, row.restore)

@@ -1,0 +1,94 @@
+"""Experts of one rank as two stacked weights and two grouped matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class GroupedExperts(MegatronModule):
+    """Gated experts (SwiGLU, 2002.05202) over tokens sorted by local expert.
+
+    weight1 `[E/ep, 2, F/etp, H]` (0 = gate, 1 = up) and weight2 `[E/ep, H, F/etp]`. An expert may have no token.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.etp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        ffn = config.moe_ffn_hidden_size // self.etp_group.size()
+        device = torch.cuda.current_device()
+        empty = lambda *shape: torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))  # noqa: E731
+        self.weight1 = empty(num_local_experts, 2, ffn, config.hidden_size)
+        self.weight2 = empty(num_local_experts, config.hidden_size, ffn)
+        for weight in (self.weight1, self.weight2):
+            # Experts reduce their gradient over the expert data-parallel group. Megatron says so only when ep > 1; with
+            # etp < tp the tensor-parallel ranks hold copies of the same experts as well, and would drift apart.
+            weight.allreduce = False
+            # every rank's experts differ, so each counts in the gradient norm: without this mark Megatron 0.16.1
+            # leaves out the experts of tensor-parallel ranks above 0 when etp < tp
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=2, stride=1)
+
+    def forward(self, hidden: Tensor, tokens_per_expert: Any, probs: Tensor) -> tuple[Tensor, None]:
+        """`hidden [tokens, H]` sorted by expert, `tokens_per_expert [E/ep]`, `probs [tokens]` -> `[tokens, H]`."""
+        counts = torch.as_tensor(tokens_per_expert, device=hidden.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        w1 = self.weight1.flatten(1, 2).transpose(1, 2)
+        w2 = self.weight2.transpose(1, 2)
+        gate, up = grouped_mm(hidden, w1, ends).chunk(2, dim=-1)
+        activated = F.silu(gate) * up * probs.unsqueeze(-1).to(gate.dtype)
+        return grouped_mm(activated, w2, ends), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are computed in the ordinary backward."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Both weights as shards of `[E, ...]`, so that a checkpoint loads under any ep and etp."""
+        axes = len(sharded_offsets)
+        ep, etp = self.ep_group, self.etp_group
+        replica = (0, 0, self.dp_group.rank())
+
+        def shard(name: str, weight: Tensor, ffn_axis: int) -> ShardedTensor:
+            offsets = [*sharded_offsets, (axes, ep.rank(), ep.size()), (axes + ffn_axis, etp.rank(), etp.size())]
+            return ShardedTensor.from_rank_offsets(
+                prefix + name, weight, *offsets, replica_id=replica, prepend_axis_num=axes
+            )
+
+        return {
+            f"{prefix}weight1": shard("weight1", self.weight1, 2),
+            f"{prefix}weight2": shard("weight2", self.weight2, 2),
+        }
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows `ends[e-1]:ends[e]` of `x [tokens, K]` times `weights[e] [K, N]` -> `[tokens, N]`."""
+    if x.shape[0] == 0:  # grouped_mm has no backward for zero rows; every rank must still produce a gradient
+        return x @ weights.sum(0)
+    return _ContiguousGradient.apply(F.grouped_mm(x, weights, offs=ends))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """grouped_mm's backward on a CPU crashes on expanded (stride 0) gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+

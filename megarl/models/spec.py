@@ -1,0 +1,40 @@
+"""`ModelSpec`: what a checkpoint's config.json says about a model, in one set of names for all families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Architecture of a decoder-only transformer; widths in elements, everything global (before any sharding).
+
+    Example: Qwen3-30B-A3B is `ModelSpec("qwen3_moe", num_layers=48, hidden_size=2048, ..., num_experts=128, top_k=8)`.
+    """
+
+    family: str  # model_type of config.json
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int  # dense MLP width (unused when every layer is MoE)
+    vocab_size: int  # as on disk, before padding
+    max_position_embeddings: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    qk_norm: bool  # RMSNorm per head on queries and keys
+    num_experts: int = 0  # 0: dense
+    top_k: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True  # renormalise the k gate values
+    moe_layers: tuple[int, ...] = ()  # indices of the MoE layers, ascending
+
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.moe_layers)
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding in the learner: the vocabulary rounded up to a multiple of tp."""
+        return -(-self.vocab_size // tp) * tp

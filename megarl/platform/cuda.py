@@ -1,0 +1,37 @@
+"""CUDA: torch, Megatron-core and vLLM run as they are."""
+
+from __future__ import annotations
+
+import torch
+
+from megarl.platform.host import GIB, host_memory
+
+NAME = "cuda"
+BACKEND = "cpu:gloo,cuda:nccl"
+
+
+def install() -> None:
+    """Nothing to patch."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def set_device(local_rank: int) -> None:
+    torch.cuda.set_device(local_rank)
+
+
+def device_memory() -> dict[str, float]:
+    return host_memory() | {
+        "allocated": torch.cuda.memory_allocated() / GIB,
+        "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
+    }
+
+
+def empty_cache() -> None:
+    torch.cuda.empty_cache()
+
+
+def profiler_activities() -> list:
+    return [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -1,0 +1,85 @@
+"""Patches of Megatron-core 0.16.1, each with why; none changes a number on CUDA with Transformer Engine."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import warnings
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Patch after `torch.cuda` is settled; imports megatron.core."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    # without Transformer Engine the router's matrix product reads this name, which is then never bound
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
+    filesystem_async._results_queue = queue.Queue()
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    plain = DistributedOptimizer._set_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = _keep_step(plain)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_one_generator)
+
+
+def _move_to_cpu(plain: Any) -> Any:
+    """Split sizes must be numpy for all_to_all_single; Megatron converts only tensors that say `is_cuda`."""
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return plain(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    return move
+
+
+def _one_generator(record: logging.LogRecord) -> bool:
+    """On a CPU both of Megatron's generators are the same object, so this one warning is expected at every fork."""
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+class _NoCount:
+    """The queue by which a forked writer says that it is done; here the call returns when it is."""
+
+    def get(self) -> None: ...
+    def task_done(self) -> None: ...
+
+
+def _write_in_this_process(
+    transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue
+) -> None:
+    """Megatron forks writers and starts a manager by spawn: a fork of a process with gloo and vLLM threads can hang,
+    and the spawned one imports the whole program again (seconds a save). A synchronous save needs neither."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        local: queue.Queue = queue.Queue()
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, local, _NoCount(), True, use_msc=use_msc)
+        _number, outcome = local.get()
+        if isinstance(outcome, Exception):
+            results.put(outcome)
+            return
+        written[number] = outcome
+    results.put(written)
+
+
+def _keep_step(plain: Any) -> Any:
+    """Loading a fully reshardable checkpoint asks the file for every state of torch's Adam, but its step count is
+    stored once beside the tensors and is already in place."""
+
+    def set_states(self: Any, model_param: Any, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        plain(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    return set_states

@@ -1,0 +1,105 @@
+"""vLLM inside the ranks: the environment it needs, the arguments a device needs, and every patch of it.
+
+`environment()` must be in place before vllm is imported, `install()` runs right after. Each entry says why it is there;
+`tests/unit/test_vllm_patches.py` fails when one is no longer needed or no longer enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl import platform
+
+COMMON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rank, not in a child process
+    "VLLM_NO_USAGE_STATS": "1",  # vLLM's telemetry
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # banners, argument dumps, and a warning at every reload that tables were not reloaded
+}
+CPU = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every rank pins itself to the same first cores
+    "VLLM_HOST_IP": "127.0.0.1",  # otherwise it opens sockets to find its address, which a VPN can stall
+    "TORCHDYNAMO_DISABLE": "1",  # it compiles parts of its sampler even when eager: 9 s at the first generate
+}
+KEPT = ("VLLM_", "DO_NOT_TRACK", "TORCHDYNAMO_")
+
+
+def environment() -> dict[str, str]:
+    """What must be in os.environ before vllm is imported; what the user has set wins."""
+    return COMMON | (CPU if platform.name() == "cpu" else {})
+
+
+def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
+    """Keyword arguments of vllm.LLM that depend on the device."""
+    if platform.name() == "cpu":
+        return {
+            "enforce_eager": True,  # no graphs to capture, and compiling costs minutes
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),  # otherwise a share of all memory, touched at start
+            "async_scheduling": False,  # overlaps the host with a device; here both are one thread
+        }
+    return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+
+
+def can_sleep() -> bool:
+    """Whether the engine gives its device memory back while the learner works: on a CPU vLLM ignores sleep."""
+    return platform.name() == "cuda"
+
+
+def install() -> None:
+    """Settle what the environment came too late for. Idempotent; call after importing vllm."""
+    if platform.name() == "cpu":
+        import torch._dynamo.config
+
+        torch._dynamo.config.disable = True  # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported: maybe long ago
+
+
+@contextlib.contextmanager
+def starting(rank: int, local_rank: int) -> Iterator[None]:
+    """Around engine construction: name the rank as torchrun would, and put back what vLLM changes for the whole process.
+
+    vLLM's external launcher reads RANK and LOCAL_RANK, which a world of one started by hand lacks. vLLM seeds Python, numpy
+    and torch (the learner's dropout and data order would repeat), sets the thread count, replaces torch.set_num_threads
+    by a warning, and writes LOCAL_WORLD_SIZE (wrong for the learner) and LD_PRELOAD (inherited by reward workers) into
+    the environment.
+    """
+    environ, threads, set_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state() if platform.name() == "cuda" else None
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank))
+    try:
+        yield
+    finally:
+        for key in set(os.environ) | set(environ):
+            if os.environ.get(key) != environ.get(key) and not key.startswith(KEPT):
+                os.environ.pop(key) if key not in environ else os.environ.__setitem__(key, environ[key])
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state)
+
+
+@contextlib.contextmanager
+def reloading(model: torch.nn.Module) -> Iterator[None]:
+    """Around a weight reload: forget the experts' CPU kernels, so that the reload builds them again.
+
+    On a reload vLLM skips the re-pack of CPU expert weights because the kernel is already there: every expert keeps the
+    weights of the last sync, without an error. A layer whose experts were not reloaded gets its kernel back.
+    """
+    methods = [getattr(module, "quant_method", None) for module in model.modules()] if platform.name() == "cpu" else []
+    kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel

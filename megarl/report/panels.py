@@ -1,0 +1,238 @@
+"""Which charts a report shows, section by section; a chart without data leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megarl.report.charts import Chart, Point, Series, render
+from megarl.report.data import Row, RunData, eval_points, phase_names, points
+
+Section = tuple[str, str, list[Chart]]  # anchor, heading, charts
+
+
+def sections(data: RunData) -> list[tuple[str, str, str]]:
+    """(anchor, heading, HTML of the charts) of every section that has something to show."""
+    drawn = [(anchor, heading, "".join(map(render, charts))) for anchor, heading, charts in _sections(data)]
+    return [section for section in drawn if section[2]]
+
+
+def _sections(data: RunData) -> list[Section]:
+    return [
+        ("learning", "Learning", _learning(data)),
+        ("update", "Policy update", _update(data.rl)),
+        ("agreement", "Learner and engine agreement", _agreement(data)),
+        ("cost", "Time and memory", _cost(data.rl)),
+        ("sft", "Supervised warm start", _sft(data.sft)),
+    ]
+
+
+def _series(rows: list[Row], *keys: tuple[str, str], smooth: bool = False) -> list[Series]:
+    return [Series(name, points(rows, key), smooth=smooth) for name, key in keys]
+
+
+def _learning(data: RunData) -> list[Chart]:
+    rl = data.rl
+    held_out = [_accuracy(source, rows) for source, rows in sorted(eval_points(data).items())]
+    interval = " The shade is a 95% interval." if any(series.band for series in held_out) else ""
+    return [
+        Chart(
+            "Held-out accuracy",
+            f"Problems the policy never trained on; step 0 is before RL.{interval}",
+            held_out,
+            unit="%",
+            from_zero=True,
+            x_name="RL step",
+        ),
+        Chart(
+            "Reward of the samples",
+            "Mean per step of the verifier's score, and of the shaped reward where it differs.",
+            _rewards(rl),
+        ),
+        Chart(
+            "Response length",
+            "Tokens per sampled response.",
+            _series(rl, ("mean", "response/length_mean"), ("longest", "response/length_max"), smooth=True),
+            from_zero=True,
+        ),
+        Chart(
+            "Lost samples",
+            "Truncated at the length limit, not scorable, and groups whose rewards are all equal (no signal).",
+            _series(
+                rl,
+                ("truncated", "response/truncated_fraction"),
+                ("failed rewards", "reward/failed_fraction"),
+                ("groups without signal", "groups/zero_std_fraction"),
+                smooth=True,
+            ),
+            unit="%",
+            from_zero=True,
+        ),
+        Chart(
+            "Entropy",
+            "Of the full softmax over trained tokens, in nats per token.",
+            _series(rl, ("entropy", "policy/entropy"), smooth=True),
+            from_zero=True,
+        ),
+    ]
+
+
+def _rewards(rl: list[Row]) -> list[Series]:
+    score, shaped = _series(rl, ("score", "reward/score"), ("shaped reward", "reward/mean"), smooth=True)
+    return [score] if score.points == shaped.points else [score, shaped]
+
+
+def _accuracy(source: str, rows: list[Row]) -> Series:
+    at = [(row["step"], float(row["accuracy"])) for row in rows]
+    counted = all(row.get("problems") for row in rows)
+    band = [_wilson(y, row["problems"]) for (_, y), row in zip(at, rows, strict=True)] if counted else None
+    return Series("accuracy" if source == "all" else source, at, band=band)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    z2 = 1.96**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(share * (1 - share) * z2 / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _update(rl: list[Row]) -> list[Chart]:
+    return [
+        Chart(
+            "Clipped and idle tokens",
+            "Share of trained tokens outside the trust region, and of those without a policy gradient at all.",
+            _series(
+                rl,
+                ("clipped", "policy/clip_frac"),
+                ("above", "policy/clip_high_frac"),
+                ("below", "policy/clip_low_frac"),
+                ("no gradient", "policy/zero_grad_frac"),
+                smooth=True,
+            ),
+            unit="%",
+            from_zero=True,
+        ),
+        Chart(
+            "Importance ratio",
+            "At the algorithm's level: learner now against learner before the first update of the rollout.",
+            _series(
+                rl, ("largest", "policy/ratio_max"), ("mean", "policy/ratio_mean"), ("smallest", "policy/ratio_min")
+            ),
+        ),
+        Chart(
+            "Distance from the old policy",
+            "KL(old, new) per token by the k3 estimator, and the spread of log s over sequences.",
+            _series(
+                rl,
+                ("KL k3", "policy/kl_old_k3"),
+                ("spread of log s", "policy/log_ratio_seq_std"),
+            ),
+            log=True,
+        ),
+        Chart(
+            "KL to the reference",
+            "The estimator of the loss, per token.",
+            _series(rl, ("KL", "policy/kl_ref"), smooth=True),
+        ),
+        Chart(
+            "Gradient norm",
+            "Before clipping, mean over the optimizer steps of a rollout.",
+            _series(rl, ("gradient norm", "policy/grad_norm"), smooth=True),
+            from_zero=True,
+        ),
+        Chart(
+            "Policy loss",
+            "Its level means nothing; look for jumps.",
+            _series(rl, ("loss", "policy/loss"), smooth=True),
+        ),
+        Chart(
+            "Learning rate",
+            "At the last optimizer step of the rollout.",
+            _series(rl, ("lr", "policy/lr")),
+            from_zero=True,
+        ),
+    ]
+
+
+def _agreement(data: RunData) -> list[Chart]:
+    threshold = (data.config.get("rollout") or {}).get("sync_threshold")
+    return [
+        Chart(
+            "Log-prob gap on sampled tokens",
+            "Absolute difference between the learner's and the engine's log-prob of the same token.",
+            _series(data.rl, ("largest", "gap/logprob_max"), ("mean", "gap/logprob_mean")),
+            log=True,
+        ),
+        Chart(
+            "Log-prob gap at weight sync",
+            "The same on the probe sequences every sync is checked with.",
+            _series(data.rl, ("largest", "sync/gap_max"), ("mean", "sync/gap_mean")),
+            log=True,
+            lines=[("limit for the mean", threshold)] if threshold else [],
+        ),
+    ]
+
+
+def _cost(rl: list[Row]) -> list[Chart]:
+    return [
+        Chart(
+            "Time per step",
+            "Seconds per phase, mean over ranks.",
+            _phases(rl),
+            unit="s",
+            stacked=True,
+        ),
+        Chart(
+            "Throughput",
+            "Tokens per second of all ranks together, each over its own phase.",
+            _series(
+                rl,
+                ("rollout", "throughput/rollout_tokens_per_second"),
+                ("learner", "throughput/learner_tokens_per_second"),
+                smooth=True,
+            ),
+            from_zero=True,
+        ),
+        Chart(
+            "Memory",
+            "Resident memory of all ranks together.",
+            _series(rl, ("resident", "memory/rss_gib")),
+            unit="GiB",
+            from_zero=True,
+        ),
+    ]
+
+
+def _phases(rl: list[Row]) -> list[Series]:
+    timed = [row for row in rl if any(key.startswith("time/") for key in row)]
+    largest = phase_names(timed)
+    shown, rest = largest[:7], largest[7:]
+
+    def column(*names: str) -> list[Point]:
+        return [(row["step"], sum(_number(row.get(f"time/{name}")) for name in names)) for row in timed]
+
+    out = [Series(name.replace("_", " "), column(name)) for name in shown]
+    return [*out, Series("other", column(*rest))] if rest else out
+
+
+def _sft(sft: list[Row]) -> list[Chart]:
+    return [
+        Chart(
+            "SFT loss",
+            "Nats per response token, training and validation.",
+            _series(sft, ("training", "sft/loss"), smooth=True) + _series(sft, ("validation", "sft/validation_loss")),
+        ),
+        Chart("SFT learning rate", "Per step.", _series(sft, ("lr", "sft/lr")), from_zero=True),
+        Chart(
+            "SFT gradient norm",
+            "Before clipping.",
+            _series(sft, ("gradient norm", "sft/grad_norm"), smooth=True),
+            from_zero=True,
+        ),
+        Chart("SFT time per step", "Slowest rank.", _series(sft, ("step", "time/step")), unit="s", from_zero=True),
+    ]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

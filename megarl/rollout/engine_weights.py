@@ -1,0 +1,229 @@
+"""Comparing the weights a vLLM engine computes with against the learner's, whatever layout vLLM packed them into.
+
+Nothing reads vLLM's storage: a linear layer is fed the identity matrix and answers with its weight, and an expert is fed
+a few inputs. So the comparison sees what the kernels see, also where the packed copy and the parameter have come apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+STACKED = {  # Hugging Face projection -> vLLM's merged layer, and which part of it
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+EXACT = 1e-6  # of the largest weight: multiplying by the identity does not round
+EXPERT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest output
+PROBES = 8  # inputs an expert is compared on
+
+
+@dataclass(frozen=True)
+class WeightGap:
+    """How far one tensor family of one layer is apart, engine against learner.
+
+    `gap` is the largest absolute difference: of weights, or for experts of outputs relative to the largest output.
+    """
+
+    family: str  # as `family_of` names it, or several joined by "/" when the engine's outputs do not tell them apart
+    layer: int | None  # none: outside the layers
+    gap: float
+    differs: bool
+    experts: tuple[int, ...] = ()  # the experts that differ
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" in layer {self.layer}"
+        return f"{self.family}{where}" + (f" (experts {_few(self.experts)})" if self.experts else "")
+
+
+def layer_of(hf_name: str) -> int | None:
+    """The layer a Hugging Face tensor belongs to; none outside the layers."""
+    match = LAYER.match(hf_name)
+    return int(match[1]) if match else None
+
+
+def family_of(hf_name: str) -> str:
+    """What a tensor is, without its layer and expert: "experts.down_proj", "self_attn.q_proj", "embed_tokens"."""
+    name = LAYER.sub("", hf_name).removeprefix("model.").removesuffix(".weight")
+    return re.sub(r"^mlp\.experts\.\d+\.", "experts.", name)
+
+
+@torch.inference_mode()
+def compare_weights(model: nn.Module, vllm_config: Any, stream: Iterable[tuple[str, Tensor]]) -> list[WeightGap]:
+    """One `WeightGap` per layer and tensor family, in the order of the stream.
+
+    `stream` yields the learner's (Hugging Face name, full tensor), a layer's tensors one after another. Collective over
+    the engine's ranks. Extra memory: about one layer.
+    """
+    from vllm.forward_context import set_forward_context
+
+    gaps = []
+    with set_forward_context(None, vllm_config):
+        for block in _blocks(stream):
+            experts = {name: tensor for name, tensor in block.items() if EXPERT.match(name)}
+            gaps += [_compare(model, name, tensor) for name, tensor in block.items() if name not in experts]
+            gaps += _compare_experts(model, experts) if experts else []
+    return gaps
+
+
+def _blocks(stream: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    block: dict[str, Tensor] = {}
+    for name, tensor in stream:
+        if block and layer_of(name) != layer_of(next(iter(block))):
+            yield block
+            block = {}
+        block[name] = tensor.detach().clone()
+    if block:
+        yield block
+
+
+def _compare(model: nn.Module, name: str, expected: Tensor) -> WeightGap:
+    found = _read(model, name.removesuffix(".weight"), expected)
+    gap = (found.float() - expected.to(found.dtype).float()).abs().max().item() if found is not None else 0.0
+    limit = EXACT * expected.float().abs().max().item()
+    return WeightGap(family_of(name), layer_of(name), gap, not gap <= limit)
+
+
+def _read(model: nn.Module, path: str, expected: Tensor) -> Tensor | None:
+    """The full weight at a Hugging Face path; none on ranks of an engine that are not given the output layer's result."""
+    if path == "lm_head":
+        logits = model.compute_logits(_identity(expected))
+        return None if logits is None else logits.T
+    parent, _, leaf = path.rpartition(".")
+    if leaf == "embed_tokens":
+        return model.get_submodule(path)(torch.arange(expected.shape[0], device=expected.device))
+    if expected.dim() == 1:
+        return model.get_submodule(path).weight
+    merged, part = STACKED.get(leaf, (leaf, None))
+    layer = model.get_submodule(f"{parent}.{merged}")
+    return _linear(layer, expected) if part is None else _column_part(layer, expected, part)
+
+
+def _identity(expected: Tensor) -> Tensor:
+    return torch.eye(expected.shape[1], dtype=expected.dtype, device=expected.device)
+
+
+def _linear(layer: nn.Module, expected: Tensor) -> Tensor:
+    """[out, in] of a row-parallel or replicated layer, which returns the whole output on every rank."""
+    inputs = _identity(expected)
+    width = getattr(layer, "input_size_per_partition", inputs.shape[1])
+    if width < inputs.shape[1]:
+        inputs = inputs[:, layer.tp_rank * width : (layer.tp_rank + 1) * width].contiguous()
+    out = layer(inputs)
+    return (out[0] if isinstance(out, tuple) else out).T
+
+
+def _column_part(layer: nn.Module, expected: Tensor, part: int) -> Tensor:
+    """[out, in] of one projection inside a merged column-parallel layer, gathered over the engine's ranks."""
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    outputs = layer(_identity(expected))[0].split(layer.output_partition_sizes, dim=-1)[part].contiguous()
+    rows = tensor_model_parallel_all_gather(outputs).T if layer.tp_size > 1 else outputs.T
+    if rows.shape[0] > expected.shape[0]:  # fewer key/value heads than ranks: neighbours hold copies
+        copies = rows.shape[0] // expected.shape[0]
+        rows = rows.reshape(-1, copies, outputs.shape[1], rows.shape[1])[:, 0].reshape(expected.shape)
+    return rows
+
+
+def _compare_experts(model: nn.Module, expected: dict[str, Tensor]) -> list[WeightGap]:
+    """All experts of one layer, by their outputs; where these differ, the matrices that explain it are named."""
+    table: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in expected.items():
+        match = EXPERT.match(name)
+        table.setdefault(int(match["index"]), {})[match["matrix"]] = tensor
+    name = next(iter(expected))
+    module = model.get_submodule(EXPERT.match(name)["prefix"]).routed_experts
+    base = WeightGap("experts.gate_proj/up_proj/down_proj", layer_of(name), 0.0, False)
+    largest, wrong = 0.0, {}
+    for index, matrices in table.items():
+        expert = _Expert(module, index, matrices)
+        gap = expert.gap(PROBES)
+        largest = max(largest, gap) if gap == gap else gap
+        if not gap <= expert.tolerance:
+            wrong.setdefault(expert.suspect(), []).append((index, gap))
+    if not wrong:
+        return [replace(base, gap=largest)]
+    return [
+        replace(base, family=family, gap=max(g for _, g in found), differs=True, experts=tuple(e for e, _ in found))
+        for family, found in wrong.items()
+    ]
+
+
+class _Expert:
+    """One expert, down(silu(gate x) * (up x)), as the engine computes it and as the learner's matrices say."""
+
+    def __init__(self, module: nn.Module, index: int, matrices: dict[str, Tensor]) -> None:
+        self.module, self.index, self.dtype = module, index, matrices["down_proj"].dtype
+        self.gate, self.up, self.down = (matrices[k].double() for k in ("gate_proj", "up_proj", "down_proj"))
+        self.tolerance = EXPERT_TOLERANCE[self.dtype]
+
+    def inputs(self, count: int) -> Tensor:
+        """[count, H]: random, scaled so that the gate's pre-activations are around 1."""
+        generator = torch.Generator().manual_seed(self.index)
+        x = torch.randn(count, self.gate.shape[1], generator=generator).to(self.gate.device)
+        return (x / (x.double() @ self.gate.T).std().clamp(min=1e-6)).to(self.dtype)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """The engine's [count, H] float64, with all tokens routed to this expert alone."""
+        from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+        ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
+        chosen = torch.full((x.shape[0], 1), self.index, dtype=torch.int32, device=x.device)
+        out = self.module.quant_method.apply(
+            layer=self.module, x=x, topk_weights=ones, topk_ids=chosen, shared_experts=None, shared_experts_input=None
+        )
+        return (tensor_model_parallel_all_reduce(out) if get_tensor_model_parallel_world_size() > 1 else out).double()
+
+    def gap(self, count: int) -> float:
+        x = self.inputs(count)
+        a, b = x.double() @ self.gate.T, x.double() @ self.up.T
+        return _relative(self.outputs(x), (torch.nn.functional.silu(a) * b) @ self.down.T)
+
+    def suspect(self) -> str:
+        """The family that alone explains the engine's outputs; all three when none does.
+
+        With a = gate x and b = up x: f(x) + f(-x) = down(a b) and f(x) - f(-x) = down(a b tanh(a / 2)). If down is the
+        learner's, its pseudo-inverse gives a and b; if gate and up are, a least-squares fit of down leaves no residual.
+        """
+        x = self.inputs(self.down.shape[1] + 4 * PROBES)
+        a, b = x.double() @ self.gate.T, x.double() @ self.up.T
+        plus, minus = self.outputs(x), self.outputs(-x)
+        loose = 10 * self.tolerance
+        hidden = torch.cat([torch.nn.functional.silu(a) * b, torch.nn.functional.silu(-a) * -b])
+        outputs = torch.cat([plus, minus])
+        if _relative(hidden @ torch.linalg.lstsq(hidden, outputs).solution, outputs) <= loose:
+            return "experts.down_proj"
+        inverse = torch.linalg.pinv(self.down).T
+        product, odd = (plus + minus) @ inverse, (plus - minus) @ inverse
+        if _relative(torch.cat([product, odd]) @ self.down.T, torch.cat([plus + minus, plus - minus])) > loose:
+            return "experts.gate_proj/up_proj/down_proj"
+        clear = (product.abs() > product.abs().median()) & (a.abs() > 0.1) & (b.abs() > 1e-3)
+        if _close(odd / product, torch.tanh(a / 2), clear, loose):
+            return "experts.up_proj"
+        a_found = 2 * torch.atanh((odd / product).clamp(-1 + 1e-12, 1 - 1e-12))
+        return "experts.gate_proj" if _close(product / a_found, b, clear, loose) else "experts.gate_proj/up_proj"
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def _close(found: Tensor, expected: Tensor, where: Tensor, tolerance: float) -> bool:
+    """Whether the median relative error over the well-conditioned entries is small."""
+    error = ((found - expected).abs() / expected.abs().clamp(min=1e-3))[where]
+    return bool(error.numel() and error.median() <= tolerance)
+
+
+def _few(items: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, items[:6]))
+    return shown if len(items) <= 6 else f"{shown} and {len(items) - 6} more"

@@ -1,0 +1,249 @@
+"""vLLM as the rollout engine, inside the training ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megarl import platform
+from megarl.config.schema import Rollout
+from megarl.errors import BadInput, RunFailed
+from megarl.platform import vllm_patches
+from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
+from megarl.types import Prompt, PromptGroup, Trajectory
+
+if TYPE_CHECKING:
+    from megarl.parallel import Mesh
+
+GREEDY_BELOW = 1e-5  # vLLM's own border
+
+
+class VLLMEngine:
+    """An `Engine` on the ranks of `mesh`: every `tensor_parallel` consecutive ranks hold one vLLM engine.
+
+    `model_path` is a Hugging Face checkpoint. With `load=False` only its config and tokenizer are read and the weights
+    stay random until the first `load_weights`. torch.distributed must be initialised.
+    Raises BadInput when the world does not divide by `tensor_parallel` or the checkpoint cannot be served.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        rollout_cfg: Rollout,
+        dtype: str,
+        seed: int,
+        mesh: Mesh,
+        load: bool = True,
+    ) -> None:
+        degree = rollout_cfg.tensor_parallel
+        if mesh.world_size % degree:
+            raise BadInput(
+                f"rollout.tensor_parallel={degree} does not divide the world size {mesh.world_size}: set a divisor of it"
+            )
+        self.seed, self.policy_version, self.config = seed, 0, rollout_cfg
+        self.layout = EngineLayout(degree, mesh.world_size // degree, mesh.rank // degree)
+        self.capabilities = Capabilities(sleep=vllm_patches.can_sleep(), routed_experts=rollout_cfg.routed_experts)
+        for key, value in vllm_patches.environment().items():
+            os.environ.setdefault(key, value)
+        with vllm_patches.starting(mesh.rank, mesh.local_rank):
+            self._llm = self._start(model_path, dtype, load)
+        self._max_tokens = self._llm.llm_engine.model_config.max_model_len
+        self._tokenizer = _tokenizer(model_path)
+        self._stop_ids = stop_token_ids(model_path, self._tokenizer)
+
+    def _start(self, model_path: str, dtype: str, load: bool) -> Any:
+        from vllm import LLM
+
+        vllm_patches.install()
+        cfg = self.config
+        try:
+            return LLM(
+                model_path,
+                dtype=dtype,
+                seed=self.seed,
+                tensor_parallel_size=cfg.tensor_parallel,
+                distributed_executor_backend="external_launcher",
+                load_format="auto" if load else "dummy",
+                max_model_len=cfg.max_context,
+                max_num_seqs=cfg.max_concurrent,
+                max_num_batched_tokens=max(8192, cfg.max_context or 0),
+                enable_chunked_prefill=True,
+                enable_prefix_caching=True,
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                enable_return_routed_experts=cfg.routed_experts,
+                disable_log_stats=True,
+                **vllm_patches.engine_arguments(cfg.kv_cache_gib, cfg.gpu_memory_utilization),
+            )
+        except ValueError as error:
+            raise BadInput(f"vLLM cannot serve {model_path}: {_one_line(error)}") from error
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling, round_id: int) -> list[PromptGroup]:
+        """Sample every prompt `sampling.samples` times; each sample has a seed of its own.
+
+        A response ends at an end token (kept, `finish_reason="stop"`), at `max_tokens` or at the end of the context
+        ("length"). Raises BadInput for a prompt that leaves no room for a token.
+        """
+        for prompt in prompts:
+            if len(prompt.token_ids) >= self._max_tokens:
+                raise BadInput(
+                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens and the engine's context is "
+                    f"{self._max_tokens}: set rollout.max_context above it or rl.max_prompt_tokens below"
+                )
+        outputs = self._run(
+            [list(prompt.token_ids) for prompt in prompts for _ in range(sampling.samples)],
+            [
+                self._params(sampling, sample_seed(self.seed, prompt.prompt_id, index, round_id))
+                for prompt in prompts
+                for index in range(sampling.samples)
+            ],
+        )
+        texts = self._decode([output.outputs[0].token_ids for output in outputs])
+        groups = []
+        for i, prompt in enumerate(prompts):
+            group_id = f"{prompt.prompt_id}@{round_id}"
+            rows = range(i * sampling.samples, (i + 1) * sampling.samples)
+            trajectories = [
+                self._trajectory(group_id, j - rows.start, prompt, outputs[j].outputs[0], texts[j]) for j in rows
+            ]
+            groups.append(PromptGroup(group_id, prompt, trajectories))
+        return groups
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        greedy = sampling.temperature < GREEDY_BELOW
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=0.0 if greedy else sampling.temperature,
+            seed=None if greedy else seed,
+            logprobs=0 if sampling.log_probs else None,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=self._stop_ids,
+        )
+
+    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": tokens} for tokens in prompts]
+        return self._llm.generate(requests, params, use_tqdm=False) if requests else []
+
+    def _trajectory(self, group_id: str, index: int, prompt: Prompt, output: Any, text: str) -> Trajectory:
+        tokens = list(output.token_ids)
+        log_probs = output.logprobs.logprobs if output.logprobs is not None else [np.nan] * len(tokens)
+        return Trajectory(
+            group_id=group_id,
+            sample_index=index,
+            prompt_ids=list(prompt.token_ids),
+            response_ids=tokens,
+            response_mask=np.ones(len(tokens), np.uint8),
+            rollout_log_probs=np.asarray(log_probs, np.float32),
+            finish_reason=output.finish_reason,
+            policy_version=np.full(len(tokens), self.policy_version, np.int32),
+            text=text,
+            routed_experts=output.routed_experts,
+        )
+
+    def _decode(self, responses: list[list[int]]) -> list[str]:
+        ends = set(self._stop_ids)
+        bare = [list(ids[:-1]) if len(ids) and ids[-1] in ends else list(ids) for ids in responses]
+        return self._tokenizer.batch_decode(bare) if bare else []
+
+    def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """Log-prob of every token given the ones before, at temperature 1: [len(sequence)] float32; entry 0 is 0.
+
+        Raises BadInput for a sequence that fills the whole context, since vLLM always samples one token more.
+        """
+        from vllm import SamplingParams
+
+        for sequence in sequences:
+            if len(sequence) >= self._max_tokens:
+                raise BadInput(f"a sequence of {len(sequence)} tokens cannot be scored in a context of {self._max_tokens}")
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
+        )
+        outputs = self._run([list(sequence) for sequence in sequences], [params] * len(sequences))
+        return [np.asarray([0.0, *output.prompt_logprobs.logprobs], np.float32) for output in outputs]
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Replace every weight by the named tensors of the stream, then drop the prefix cache.
+
+        The stream may reuse its buffers after it is asked for the next tensor: each tensor is copied once, and copies
+        live until their layer is complete. Raises RunFailed when vLLM refuses a tensor.
+        """
+        try:
+            with vllm_patches.reloading(self.model):
+                self._runner.reload_weights(weights_iterator=_copies(tensors))
+        except (ValueError, KeyError, RuntimeError, AssertionError) as error:
+            raise RunFailed(f"weight sync: vLLM refused the learner's weights: {_one_line(error)}") from error
+        self.reset_prefix_cache()
+        self.policy_version = policy_version
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of earlier requests. Raises RunFailed if requests are still running."""
+        if not self._llm.reset_prefix_cache():
+            raise RunFailed("weight sync: vLLM could not drop its prefix cache because requests are still running")
+
+    def sleep(self, level: int = 1) -> None:
+        if self.capabilities.sleep:
+            self._llm.sleep(level)
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        if self.capabilities.sleep:
+            self._llm.wake_up(tags)
+
+    @property
+    def rng_state(self) -> dict[str, Any]:
+        """The run's seed: every sample's own seed derives from it, so there is no generator to save."""
+        return {"seed": self.seed}
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """This rank's vLLM model, for comparing its weights with the learner's."""
+        return self._runner.get_model()
+
+    @property
+    def probe_length(self) -> int:
+        """A length for `weight_sync.make_probes` that `score` accepts in this context."""
+        return min(48, self._max_tokens - 1)
+
+    @property
+    def vllm_config(self) -> Any:
+        return self._llm.llm_engine.vllm_config
+
+    @property
+    def _runner(self) -> Any:
+        worker = self._llm.llm_engine.model_executor.driver_worker
+        return getattr(worker, "worker", worker).model_runner
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
+    """The end tokens of a checkpoint: those of generation_config.json, config.json and the tokenizer together."""
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        file = Path(model_path) / name
+        listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        ids |= set(listed) if isinstance(listed, list) else {listed}
+    return sorted(ids - {None})
+
+
+def _tokenizer(model_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def _copies(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor.detach().clone()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,110 @@
+"""`megarl verify sync`: one weight sync, then every tensor family and the log-probs of both engines compared."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from megarl.config.schema import Config
+from megarl.convert import stream_hf
+from megarl.data.packing import micro_batches
+from megarl.learner.policy import Policy
+from megarl.models.generate import ensure_checkpoint
+from megarl.parallel import Mesh
+from megarl.rollout.engine_weights import WeightGap
+from megarl.rollout.vllm_engine import VLLMEngine
+from megarl.rollout.weight_sync import (
+    SyncGap,
+    SyncPlan,
+    SyncReport,
+    compare_with_learner,
+    default_threshold,
+    explain,
+    make_probes,
+    measure_gap,
+    sync_weights,
+)
+from megarl.types import Batch
+
+
+def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[np.ndarray]:
+    """The learner's log-probs of fixed sequences at temperature 1, on every rank: what `check_sync` compares with.
+
+    Every rank passes the same probes. [len(probe)] float32 each, entry 0 is 0. Collective over the world.
+    """
+    mesh, lengths = policy.mesh, [len(probe) for probe in probes]
+    batch = Batch(
+        tokens=torch.tensor([token for probe in probes for token in probe]),
+        lengths=torch.tensor(lengths),
+        response_mask=torch.ones(sum(lengths)),
+        group_index=torch.arange(len(probes)),  # packing reorders: this finds each probe again
+    )
+    stages = mesh.pp if mesh.vpp else 1
+    budget = -(-sum(lengths) // mesh.tp) * mesh.tp
+    packed = micro_batches(batch, budget, 0, 1, pad_multiple=mesh.tp, count_multiple=stages)
+    temperature, policy.temperature = policy.temperature, 1.0
+    try:
+        rows = policy.log_probs(packed)[0]
+    finally:
+        policy.temperature = temperature
+    found = {
+        int(index): values.float().numpy()
+        for micro_batch, row in zip(packed, rows)
+        for index, values in zip(micro_batch.batch.group_index, row.split(micro_batch.batch.lengths.tolist()))
+    }
+    found = next(part for part in mesh.all_gather_object(found) if part) if mesh.pp > 1 else found
+    out = [found[index].copy() for index in range(len(probes))]
+    for values in out:
+        values[0] = 0.0
+    return out
+
+
+def verify_sync(cfg: Config) -> int:
+    """Sync a fresh learner into a fresh engine and print what is compared; 0 when all agree, 1 otherwise.
+
+    Runs on the ranks of `cfg.parallel`. Starts the engine without the checkpoint's weights, so that whatever is equal
+    afterwards came through the sync.
+    """
+    mesh = Mesh.build(cfg.parallel)
+    if mesh.is_main:
+        ensure_checkpoint(cfg.model)
+    mesh.barrier()
+    policy = Policy.from_hf(cfg.model.path, cfg, mesh)
+    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.model.dtype, cfg.seed, mesh, load=False)
+    plan = SyncPlan.build(policy.spec, cfg.model.dtype)
+    threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype)
+    probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)
+    report = sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy_version=0)
+    gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
+    weights = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
+    if mesh.is_main:
+        print("\n".join(render(plan, report, gap, threshold, weights)), flush=True)
+    return 0 if gap.mean <= threshold and not any(item.differs for item in weights) else 1
+
+
+def render(
+    plan: SyncPlan, report: SyncReport, gap: SyncGap, threshold: float, weights: list[WeightGap]
+) -> list[str]:
+    """The lines `verify sync` prints: one per tensor family, then the log-prob gap and the verdict."""
+    families: dict[str, list[WeightGap]] = {}
+    for item in weights:
+        families.setdefault(item.family, []).append(item)
+    lines = [
+        f"synced {len(plan.entries)} tensors, {report.bytes / 2**20:.1f} MiB an engine rank, in {report.seconds:.2f} s",
+        f"{'tensor family':36} {'layers':>6}  {'largest gap':>11}  verdict",
+    ]
+    for name, items in families.items():
+        wrong = [item for item in items if item.differs]
+        verdict = "equal" if not wrong else "DIFFERS: " + "; ".join(map(str, wrong[:3]))
+        largest = max((item.gap for item in items), key=lambda gap: math.inf if math.isnan(gap) else gap)
+        lines.append(f"{name:36} {len(items):6}  {largest:11.1e}  {verdict}")
+    wrong = [item for item in weights if item.differs]
+    ok = gap.mean <= threshold
+    lines.append(f"log-prob gap on the probes: mean {gap.mean:.1e}, max {gap.max:.1e}, threshold {threshold:.0e}")
+    if ok and not wrong:
+        lines.append("learner and engine agree")
+    else:
+        lines.append(f"learner and engine disagree: {explain(wrong)}")
+    return lines

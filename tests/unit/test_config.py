@@ -1,0 +1,259 @@
+"""What load_config promises: a mistake is one line with key, value and remedy, the rest survives a round trip."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.config import (
+    Config,
+    Parallel,
+    Section,
+    check_config,
+    check_world,
+    describe,
+    dump_config,
+    load_config,
+    resolve,
+    smallest_world,
+)
+from megarl.config.check import REWARD_TYPES
+from megarl.errors import BadInput
+
+SOURCE = {"type": "reasoning_gym", "task": "chain_sum"}
+BASE = {
+    "run_dir": "runs/t",
+    "model": {"path": "no/such/model", "generate": {"seed": 1}},
+    "sft": {"data": [SOURCE]},
+    "rl": {"data": [SOURCE], "algorithm": {"preset": "gspo", "gate": {"low": 3e-4, "high": 4e-4}}},
+    "eval": {"data": [SOURCE | {"seed": 9}]},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    return file
+
+
+def refused(path: Path, *overrides: str, require=None) -> str:
+    with pytest.raises(BadInput) as info:
+        load_config(path, overrides, require=require)
+    message = str(info.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rl.stepz=7", ["rl.stepz = 7", "did you mean rl.steps?"]),
+        ("rl.data.0.tsk=x", ["rl.data.0.tsk", "did you mean rl.data.0.task?"]),
+        ("rl.algorithm.gate.hihg=1", ["did you mean rl.algorithm.gate.high?"]),
+        ("tp=2", ["tp = 2", "did you mean parallel.tp?"]),
+        ("rl.steps=many", ["rl.steps", '"many"', "valid integer"]),
+        ("rl.steps=true", ["rl.steps = true", "valid integer"]),
+        ("rl.steps=0", ["rl.steps = 0", "greater than 0"]),
+        ("rl.optimizer.lr=.inf", ["rl.optimizer.lr", "finite"]),
+        ("rl.algorithm.ratio=tokn", ["rl.algorithm.ratio", "'token'"]),
+        ("sft=off", ["sft = false", "none", "YAML reads off"]),
+        ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "set 2"]),
+        ("parallel.tp=4", ["parallel.tp = 4", "2 key/value heads", "set 2"]),
+        ("parallel.ep=3", ["parallel.ep = 3", "8 experts", "set 2"]),
+        ("parallel.etp=3", ["parallel.etp = 3", "64 expert", "set 2"]),
+        ("parallel.pp=3", ["parallel.pp = 3", "4 layers"]),
+        ("parallel.vpp=2", ["parallel.vpp = 2", "parallel.pp above 1"]),
+        ("parallel.cp=2", ["parallel.cp = 2", "set parallel.cp: 1"]),
+        ("model.layers=te", ["model.layers = 'te'", "set model.layers: torch"]),
+        ("rollout.tensor_parallel=3", ["rollout.tensor_parallel = 3", "set 2"]),
+        ("rl.optimizer_steps_per_rollout=3", ["= 3", "128 sequences", "set 2"]),
+        ("rl.samples_per_prompt=1", ["rl.samples_per_prompt = 1", "set at least 2"]),
+        ("rollout.max_response_tokens=512", ["= 512", "context of 512"]),
+        ("rl.max_prompt_tokens=500", ["rl.max_prompt_tokens = 500", "set at most 448"]),
+        ("rl.micro_batch_tokens=32", ["rl.micro_batch_tokens = 32", "set at least 65"]),
+        ("rollout.max_context=1000", ["rollout.max_context = 1000", "512"]),
+        ("sft.max_tokens=513", ["sft.max_tokens = 513", "512"]),
+        ("sft.validate_every=5", ["sft.validate_every = 5", "sft.validation"]),
+        ("reward.type=exact", ["reward.type = 'exact'", "exact_match"]),
+        ("rl.data.0.reward=judge", ["'judge'", "reward.named"]),
+        ("rl.data.0.type=jsonl", ["rl.data", "without a path"]),
+        ("rl.data.3.size=1", ["rl.data.3.size=1"]),
+        ("rl.steps", ["rl.steps=20"]),
+        ("rl.optimizer.betas=[0.9,1.0]", ["rl.optimizer.betas", "below 1"]),
+        ("seed=${no.such}", ["no.such"]),
+        ("model.generate={family: qwen3}", []),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_remedy(base: Path, override: str, parts: list[str]) -> None:
+    if not parts:
+        assert load_config(base, [override]).model.generate.family == "qwen3"
+        return
+    message = refused(base, override)
+    assert all(part in message for part in parts), message
+
+
+def test_dense_models_have_no_expert_parallelism(base: Path) -> None:
+    assert "set parallel.ep: 1" in refused(base, "model.generate.family=qwen3", "parallel.ep=2")
+    assert "intermediate" in refused(
+        base, "model.generate.family=qwen3", "model.generate.intermediate_size=255", "parallel.tp=2"
+    )
+
+
+def test_sections_are_required_by_the_command_that_reads_them(base: Path) -> None:
+    assert refused(base, "sft=none", require="sft").startswith("sft: missing")
+    assert refused(base, "rl=none", require="rl").startswith("rl: missing")
+    assert "eval.data" in refused(base, "eval.data=[]", require="eval")
+    assert "eval.every" in refused(base, "eval.data=[]", "eval.every=5")
+    assert "model.path" in refused(base, "model.generate=none", require="rl")
+    assert load_config(base, ["model.generate=none"]).model.generate is None
+    assert "no such file" in refused(base, "rl.data=[{type: jsonl, path: no.jsonl}]", require="rl")
+    load_config(base, ["rl.data=[{type: jsonl, path: no.jsonl}]"], require="sft")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    assert "no such file" in refused(tmp_path / "none.yaml")
+    assert "cannot be read" in refused(tmp_path)
+    for text, part in [
+        ("a: 1\nb: c: d\n", "bad.yaml:2: not valid YAML"),
+        ("x: 1\nx: 2\n", "duplicate"),
+        ("- 1\n", "key: value"),
+        ("", "model: missing"),
+    ]:
+        (tmp_path / "bad.yaml").write_text(text)
+        assert part in refused(tmp_path / "bad.yaml")
+
+
+def test_config_json_wins_over_nothing_and_must_agree_with_generate(base: Path, tmp_path: Path) -> None:
+    shape = {"model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "max_position_embeddings": 128, "num_experts": 4, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 32}  # fmt: skip
+    file = tmp_path / "config.json"
+    here = [f"model.path={tmp_path}", "model.generate=none"]
+    file.write_text(json.dumps(shape))
+    load_config(base, [*here, "parallel.pp=3", "parallel.tp=4"], require="rl")
+    assert "4 experts" in refused(base, *here, "parallel.ep=8")
+    assert "hidden_size = 64" in refused(base, f"model.path={tmp_path}")
+    file.write_text(json.dumps(shape | {"model_type": "bert"}))
+    assert "model_type = 'bert' is not supported; use one of qwen3_moe" in refused(base, *here)
+    file.write_text(json.dumps(shape)[:40])
+    assert "not readable as JSON" in refused(base, *here)
+    file.write_text(json.dumps(shape | {"num_experts": None}))
+    assert "num_experts = None" in refused(base, *here)
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_its_place(base: Path) -> None:
+    optimizer = load_config(base, ["sft.optimizer.lr=0.5"]).sft.optimizer
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_steps) == (0.5, "cosine", 10)
+    assert load_config(base, ["rl.optimizer.lr=0.5"]).rl.optimizer.schedule == "constant"
+
+
+def test_none_unsets_only_what_may_be_unset_and_has_no_such_value(base: Path) -> None:
+    algorithm = load_config(base, ["rl.algorithm.kl=none", "rl.algorithm.ratio=none"]).rl.algorithm
+    assert algorithm.kl is None and algorithm.ratio == "none"
+    assert "valid integer" in refused(base, "seed=none")
+
+
+def test_interpolation_and_environment(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARL_TEST_DIR", "/somewhere")
+    config = load_config(base, ["rl.steps=30", "eval.every=${rl.steps}", "run_dir=${oc.env:MEGARL_TEST_DIR}/x"])
+    assert config.eval.every == 30 and config.run_dir == "/somewhere/x"
+
+
+def test_origins_and_description_cover_every_field(base: Path, tmp_path: Path) -> None:
+    resolved = resolve(base, ["rl.steps=7", "rl.data.0.size=6", "parallel={ep: 2}"])
+    lines = {line.split("#")[0].strip(): line for line in describe(resolved)}
+    assert "[override] Rollout steps" in lines["steps: 7"]
+    assert "[override]" in lines["size: 6"] and "[override]" in lines["ep: 2"]
+    assert "[file]" in lines['task: "chain_sum"'] and "[default]" in lines["prompts_per_step: 16"]
+    assert all("#" in line and line.split("#")[1].strip() for line in lines.values() if ":" in line)
+    file = tmp_path / "described.yaml"
+    file.write_text("\n".join(describe(resolved)))
+    assert load_config(file) == resolved.config
+
+
+def test_configuration_is_frozen_and_every_field_documented(base: Path) -> None:
+    config = load_config(base)
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 2
+    for kind in Section.__subclasses__():
+        for name, field in kind.model_fields.items():
+            assert field.description, f"{kind.__name__}.{name} has no docstring"
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import megarl.config, megarl.cli, megarl.launcher, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_reward_types_are_the_registry_s() -> None:
+    from megarl.rewards.functions import BUILT_IN
+
+    assert set(REWARD_TYPES) == set(BUILT_IN) | {"http"}
+
+
+degrees = st.sampled_from([1, 2, 3, 4, 6, 8])
+
+
+@settings(max_examples=30, deadline=None)
+@given(tp=degrees, pp=degrees, ep=degrees, etp=degrees, engine=degrees)
+def test_smallest_world_is_the_first_that_every_group_divides(tp: int, pp: int, ep: int, etp: int, engine: int) -> None:
+    config = Config(
+        model={"path": "x"}, parallel=dict(tp=tp, pp=pp, ep=ep, etp=etp), rollout={"tensor_parallel": engine}
+    )
+    fits = [w for w in range(1, 4000) if w % (tp * pp) == 0 and w % (etp * ep * pp) == 0 and w % engine == 0]
+    assert smallest_world(config) == fits[0]
+    for world in range(1, 50):
+        if world in fits:
+            check_world(config, world)
+        else:
+            with pytest.raises(BadInput, match=f"world size {world}: not a multiple of {fits[0]}"):
+                check_world(config, world)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_accepted_layout_divides_and_any_refusal_is_one_line(data: st.DataObject) -> None:
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    shape = dict(num_heads=draw(4, 6, 8), num_kv_heads=draw(1, 2, 4), num_layers=draw(2, 4, 6),
+                 num_experts=draw(4, 6, 8), moe_intermediate_size=draw(48, 64))  # fmt: skip
+    parallel = dict(tp=draw(1, 2, 4), pp=draw(1, 2, 3), vpp=draw(None, 1, 2), ep=draw(1, 2, 4), etp=draw(1, 2, 3))
+    config = Config(model={"path": "x", "generate": shape}, parallel=parallel)
+    try:
+        check_config(config)
+    except BadInput as e:
+        assert "\n" not in str(e) and "set" in str(e)
+    p = Parallel(**parallel)
+    fits = (
+        shape["num_heads"] % shape["num_kv_heads"] == 0
+        and shape["num_heads"] % p.tp == shape["num_kv_heads"] % p.tp == 0
+        and shape["num_layers"] % (p.pp * (p.vpp or 1)) == 0
+        and not (p.pp == 1 and (p.vpp or 1) > 1)
+        and shape["num_experts"] % p.ep == shape["moe_intermediate_size"] % p.etp == 0
+    )
+    if fits:
+        check_config(config)
+    else:
+        with pytest.raises(BadInput):
+            check_config(config)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.integers(1, 10**9),
+    lr=st.floats(1e-12, 1e3),
+    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1),
+    every=st.integers(0, 100),
+)
+def test_dump_loads_back_equal(steps: int, lr: float, text: str, every: int) -> None:
+    base = BASE | {"run_dir": text, "checkpoint": {"every": every}}
+    base["rl"] = BASE["rl"] | {"steps": steps, "optimizer": {"lr": lr}}
+    config = Config.model_validate(base)
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config

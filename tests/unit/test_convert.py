@@ -1,0 +1,311 @@
+"""Conversion on one process: logits and bits against transformers, config.json in both forms, damaged files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megarl.config.schema import Model, Parallel
+from megarl.convert import family, load_hf, read_spec, save_hf, stream_hf, validate_folder
+from megarl.errors import BadInput
+from tests.dist.checkpoints import make
+from tests.dist.convert_cases import logits, same, tokens
+
+VARIANTS = {
+    "moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "moe-raw-gates": ("qwen3_moe", {"norm_topk_prob": False}),
+    "moe-mixed": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [2], "decoder_sparse_step": 2}),
+    "dense": ("qwen3", {}),
+    "dense-tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    import torch.distributed as dist
+
+    from megarl.parallel import Mesh
+
+    yield Mesh.build(Parallel())
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Qwen3-MoE checkpoint that tests copy before damaging it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make(folder, norm_topk_prob=True)
+    return folder
+
+
+def build(path, mesh):
+    from megarl.models.build import build_model
+
+    spec = read_spec(path)
+    chunks = build_model(spec, Model(path=str(path)), mesh)
+    for parameter in chunks[0].parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    load_hf(path, chunks, spec, mesh)
+    return chunks, spec
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_bits_equal_transformers(name, mesh, tmp_path):
+    kind, changes = VARIANTS[name]
+    reference = make(tmp_path / "in", kind, **changes)
+    chunks, spec = build(tmp_path / "in", mesh)
+    with torch.no_grad():
+        expected = reference(tokens(spec.vocab_size)).logits[0]
+    assert expected.abs().max() > 0.5
+    assert (logits(chunks, spec, mesh) - expected).abs().max() <= 1e-5
+
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    assert same(dict(stream_hf(chunks, spec, mesh)), before)
+    save_hf(tmp_path / "out", chunks, spec, mesh)
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), before)
+    assert read_spec(tmp_path / "out") == spec  # here config.json was written from the spec
+    again = type(reference).from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(again(tokens(spec.vocab_size)).logits[0], expected)
+
+
+def test_sharded_export_loads_and_keeps_side_files(checkpoint, mesh, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "in")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"top_k": 7}')
+    chunks, spec = build(source, mesh)
+    out = tmp_path / "deep" / "out"
+    save_hf(out, chunks, spec, mesh, dtype="bfloat16", extra_from=source, max_file_bytes=100_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2 and all((out / file).stat().st_size < 110_000 for file in files)
+    before = load_file(source / "model.safetensors")
+    merged = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+    assert same(merged, {name: tensor.bfloat16() for name, tensor in before.items()})
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text()) == {"top_k": 7}
+    assert (out / "tokenizer.json").exists()
+    again, _ = build(out, mesh)  # the sharded files are read back, into float32
+    assert same(dict(stream_hf(again, spec, mesh)), {k: v.bfloat16().float() for k, v in before.items()})
+
+    save_hf(out, chunks, spec, mesh, extra_from=source)  # an export replaces an earlier one, whole
+    assert same(load_file(out / "model.safetensors"), before)
+    assert not (out / "model.safetensors.index.json").exists()
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+def test_export_refuses_other_places_and_leaves_nothing(checkpoint, mesh, tmp_path, monkeypatch):
+    chunks, spec = build(checkpoint, mesh)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("x")
+    with pytest.raises(BadInput, match="not an earlier export"):
+        save_hf(tmp_path / "notes", chunks, spec, mesh)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="cannot be written"):
+        save_hf(tmp_path / "file" / "out", chunks, spec, mesh)
+    make(tmp_path / "other", "qwen3")
+    with pytest.raises(BadInput, match="another model"):
+        save_hf(tmp_path / "out", chunks, spec, mesh, extra_from=tmp_path / "other")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "notes", "other"]
+
+
+# -- config.json ---------------------------------------------------------------------------------------------------
+
+V4 = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False, "hidden_act": "silu",
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "decoder_sparse_step": 1, "head_dim": 128,
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+    "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+
+
+def spec_of(config):
+    return family(config["model_type"]).read_config(config)
+
+
+def test_transformers_4_and_5_forms_are_one_model():
+    """Qwen3-30B-A3B's published config.json, and what transformers 5 makes of it."""
+    from transformers import Qwen3MoeConfig
+
+    spec = spec_of(V4)
+    assert (spec.rope_theta, spec.num_experts, spec.top_k, spec.norm_eps) == (1e6, 128, 8, 1e-6)
+    assert spec.moe_layers == tuple(range(48)) and spec.norm_topk_prob and not spec.tie_embeddings
+    v5 = Qwen3MoeConfig(**{k: v for k, v in V4.items() if k != "transformers_version"}).to_dict()
+    assert "num_local_experts" in v5 and "rope_parameters" in v5 and "rope_theta" not in v5
+    assert spec_of(v5) == spec
+    assert spec_of(family("qwen3_moe").write_config(spec)) == spec
+
+
+@pytest.mark.parametrize("step, dense", [(1, []), (2, []), (2, [1]), (3, [5, 2])])
+def test_moe_layers_are_those_of_transformers(step, dense):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = V4 | dict(num_hidden_layers=6, decoder_sparse_step=step, mlp_only_layers=dense)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{k: v for k, v in config.items() if k != "transformers_version"}))
+    expected = tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
+    assert spec_of(config).moe_layers == expected
+    assert spec_of(family("qwen3_moe").write_config(spec_of(config))).moe_layers == expected
+
+
+REFUSED = {
+    "model_type": "llama",
+    "architectures": ["Qwen3MoeForSequenceClassification"],
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "attention_dropout": 0.1,
+    "use_sliding_window": True,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "rope_scaling": {"type": "yarn", "factor": 4.0},
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6},
+    "rope_theta": -1.0,
+    "num_experts": 4,
+    "num_local_experts": 64,
+    "num_key_value_heads": 5,
+    "hidden_size": "2048",
+    "num_hidden_layers": True,
+    "norm_topk_prob": "yes",
+    "tie_word_embeddings": 1,
+    "mlp_only_layers": [48],
+    "decoder_sparse_step": 0,
+    "quantization_config": {"quant_method": "fp8"},
+    "final_logit_softcapping": 30.0,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_changes_the_numbers_is_refused_by_name(key):
+    named = {"num_experts": "num_experts_per_tok"}.get(key, key)
+    with pytest.raises(BadInput, match=named) as caught:
+        spec_of(V4 | {key: REFUSED[key]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_experts_per_tok", "vocab_size"])
+def test_missing_shape_is_refused_by_name(key):
+    with pytest.raises(BadInput, match=f"{key} is missing"):
+        spec_of({k: v for k, v in V4.items() if k != key})
+
+
+def test_absent_keys_mean_what_transformers_assumes():
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    optional = ("rope_theta", "norm_topk_prob", "tie_word_embeddings", "rms_norm_eps", "decoder_sparse_step")
+    bare = {k: v for k, v in V4.items() if k not in optional}
+    assumed = Qwen3MoeConfig(**{k: v for k, v in bare.items() if k != "transformers_version"}).to_dict()
+    assert spec_of(bare) == spec_of(assumed)
+    moe_only = (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "mlp_only_layers",
+        "output_router_logits",
+    )
+    dense = {k: v for k, v in bare.items() if k not in (*moe_only, "head_dim", "router_aux_loss_coef")}
+    dense |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    assumed = Qwen3Config(
+        **{k: v for k, v in dense.items() if k not in ("transformers_version", "model_type")}
+    ).to_dict()
+    assert spec_of(dense) == spec_of(assumed)
+
+
+# -- damaged checkpoints -------------------------------------------------------------------------------------------
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return "model.safetensors.*truncated"
+
+
+def garbage(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04 not safetensors")
+    return "model.safetensors.*not a safetensors"
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return "only safetensors"
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def missing_expert(folder):
+    rewrite(folder, lambda t: t.pop("model.layers.1.mlp.experts.7.up_proj.weight"))
+    return "layers.1.mlp.experts.7.up_proj.weight is missing"
+
+
+def wrong_shape(folder):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(65)}))
+    return r"model.norm.weight has shape \[65\].*\[64\]"
+
+
+def extra_bias(folder):
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(96)}))
+    return "q_proj.bias belongs to no part"
+
+
+def quantised(folder):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    return "stored as I8"
+
+
+def lost_part(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}')
+    return "tensor .* is missing|model-1.safetensors: no such file"
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json: no such file"
+
+
+def bad_config(folder):
+    (folder / "config.json").write_text("{")
+    return "config.json: not readable as JSON"
+
+
+DAMAGES = [
+    truncate,
+    garbage,
+    no_weights,
+    missing_expert,
+    wrong_shape,
+    extra_bias,
+    quantised,
+    lost_part,
+    no_config,
+    bad_config,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_damaged_checkpoints_are_bad_input_in_one_line(damage, checkpoint, mesh, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    message = damage(folder)
+    with pytest.raises(BadInput, match=message) as caught:
+        build(folder, mesh)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_validation_asks_for_the_tokenizer(checkpoint):
+    with pytest.raises(BadInput, match="tokenizer_config.json is missing"):
+        validate_folder(checkpoint)
