@@ -8,6 +8,7 @@ removes the metadata of packages that an interrupted installation left without a
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,14 @@ def is_whole(name: str, version: str) -> bool:
 def broken(list_file: str) -> list[str]:
     lines = [line.strip() for line in Path(list_file).read_text().splitlines()]
     pins = [line.partition("==") for line in lines if line and not line.startswith("#")]
-    return [f"{name}=={version}" for name, _, version in pins if not is_whole(name, version)]
+    whole = {name: is_whole(name, version) and not (name == "torch" and is_cuda_build()) for name, _, version in pins}
+    return [f"{name}=={version}" for name, _, version in pins if not whole[name]]
+
+
+def is_cuda_build() -> bool:
+    """Whether the installed torch was built for CUDA, read from its version file: importing it needs other packages."""
+    version_file = metadata.distribution("torch").locate_file("torch/version.py")
+    return runpy.run_path(str(version_file))["cuda"] is not None
 
 
 def unknown_conflicts() -> list[str]:

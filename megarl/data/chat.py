@@ -101,7 +101,7 @@ def render_sft_rows(
             response = response[:trained] if last else response
             tokens += prompt + response
             mask += [0] * len(prompt) + [1] * trained + [0] * (len(response) - trained)
-        pass
+        mask[0] = 0
         rendered[index] = (row[0], *_arrays(tokens, mask))
     return [rendered[index] for index in range(len(rows))]
 

@@ -98,13 +98,21 @@ class Policy:
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
 
     @torch.no_grad()
-    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+    def log_probs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies `[n]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
         The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
+        `temperature`: of the softmax, None: the one sampled with.
         """
+
+        def collected(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+            log_probs, entropy = self._token_log_probs(micro_batch, logits, temperature)
+            return log_probs.cpu(), entropy.cpu()
+
         with self._evaluating():
-            outputs = self._forward_backward(micro_batches, self._collect, forward_only=True, collect=True)
+            outputs = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
         outputs = outputs if self.mesh.is_last_stage else []
         return [o[0] for o in outputs], [o[1] for o in outputs]
 
@@ -204,18 +212,16 @@ class Policy:
             self.spec.rope_theta,
         )
 
-    def _token_log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_log_probs(
+        self, micro_batch: MicroBatch, logits: Tensor, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy `[n]` of the real tokens (padding cut off)."""
         tokens = micro_batch.tokens.to(logits.device)
         log_probs, entropy = token_log_probs(
-            logits[0], tokens, self.spec.vocab_size, self.mesh.tp_group, self.temperature
+            logits[0], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
         )
         real = micro_batch.batch.tokens.numel()
         return log_probs[:real], entropy[:real]
-
-    def _collect(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs, entropy = self._token_log_probs(micro_batch, logits)
-        return log_probs.cpu(), entropy.cpu()
 
     def _loss(self, micro_batch: MicroBatch, logits: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
         log_probs, entropy = self._token_log_probs(micro_batch, logits)

@@ -76,6 +76,11 @@ def device_memory() -> dict[str, float]:
     return _module().device_memory()
 
 
+def synchronize() -> None:
+    """Wait until the device has done everything it was given, so that a clock reads the truth."""
+    _module().synchronize()
+
+
 def empty_cache() -> None:
     """Return unused device memory to the driver; nothing to do on a CPU."""
     _module().empty_cache()

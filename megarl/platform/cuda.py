@@ -29,6 +29,10 @@ def device_memory() -> dict[str, float]:
     }
 
 
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
 def empty_cache() -> None:
     torch.cuda.empty_cache()
 

@@ -28,6 +28,8 @@ CPU = {
     "VLLM_HOST_IP": "127.0.0.1",  # otherwise it opens sockets to find its address, which a VPN can stall
     "TORCHDYNAMO_DISABLE": "1",  # it compiles parts of its sampler even when eager: 9 s at the first generate
 }
+# names of torch.cuda that vLLM's CPU worker replaces by placeholders whose events are None, which Megatron waits for
+CUDA_NAMES = ("Event", "Stream", "set_stream", "current_stream", "stream")
 KEPT = ("VLLM_", "DO_NOT_TRACK", "TORCHDYNAMO_")
 
 
@@ -66,10 +68,11 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
 
     vLLM's external launcher reads RANK and LOCAL_RANK, which a world of one started by hand lacks. vLLM seeds Python, numpy
     and torch (the learner's dropout and data order would repeat), sets the thread count, replaces torch.set_num_threads
-    by a warning, and writes LOCAL_WORLD_SIZE (wrong for the learner) and LD_PRELOAD (inherited by reward workers) into
-    the environment.
+    by a warning and the CPU's answers of torch.cuda by its own, and writes LOCAL_WORLD_SIZE (wrong for the learner) and
+    LD_PRELOAD (inherited by reward workers) into the environment.
     """
     environ, threads, set_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    cuda = {name: getattr(torch.cuda, name) for name in CUDA_NAMES if platform.name() == "cpu"}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_state = torch.cuda.get_rng_state() if platform.name() == "cuda" else None
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank))
@@ -79,6 +82,8 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
         for key in set(os.environ) | set(environ):
             if os.environ.get(key) != environ.get(key) and not key.startswith(KEPT):
                 os.environ.pop(key) if key not in environ else os.environ.__setitem__(key, environ[key])
+        for name, answer in cuda.items():
+            setattr(torch.cuda, name, answer)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
         random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])

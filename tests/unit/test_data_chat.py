@@ -102,6 +102,12 @@ def test_plain_text_trains_all_but_its_first_token(folder):
         assert mask.tolist() == [0] + [1] * (len(tokens) - 1)
 
 
+def test_the_first_token_of_all_is_never_trained(folder):
+    """Nothing predicts it, not even when the conversation begins with the assistant."""
+    tokens, mask = render_sft(with_template(folder, BARE), row(messages=[{"role": "assistant", "content": "the sum"}]))
+    assert len(tokens) > 2 and mask.tolist() == [0] + [1] * (len(tokens) - 1)
+
+
 def test_rows_of_all_kinds_come_back_in_order(folder):
     tokenizer = with_template(folder, CHATML)
     rows = [row(text="so"), row(prompt="a", response="b"), row(messages=turns("a", "b", "c", "d")), row(text="on")]

@@ -73,6 +73,14 @@ def test_quadratic_term_moves_long_sequences_apart():
     assert by_attention[0] == [[0]] and by_attention[1] == [list(range(1, 13))]
 
 
+def test_where_balancing_by_cost_breaks_the_budget_the_dense_packing_is_split_instead():
+    """Balanced by attention, the sixteen short ones would share one micro-batch of 160 tokens."""
+    lengths = [100] * 4 + [10] * 16
+    (plan,) = plan_micro_batches(lengths, 150, 1, attention=1.0, count_multiple=5)
+    assert len(plan) == 5 and all(plan)
+    assert max(sum(lengths[index] for index in sequences) for sequences in plan) <= 150
+
+
 def test_micro_batch_count_is_what_the_tokens_need():
     plan = plan_micro_batches([50] * 8, 100, 2)
     assert [len(sequences) for rank in plan for sequences in rank] == [2, 2, 2, 2]

@@ -1,0 +1,154 @@
+"""What the loops share: the run folder, the stop flag, and the tail of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarl import launcher, platform
+from megarl.checkpoint import Checkpointer
+from megarl.config.schema import Config
+from megarl.errors import BadInput, RunFailed
+from megarl.learner.policy import Policy, StepResult
+from megarl.metrics import Max, Metric, Sum, Writer, open_writer
+from megarl.models.generate import ensure_checkpoint
+from megarl.parallel import Mesh
+from megarl.platform.signals import StopSignal
+from megarl.trainers.display import Display, Phases
+
+
+@dataclass
+class Loop:
+    """One phase of a project (sft or rl) on this rank: where it writes, what it shows, how it stops and resumes."""
+
+    cfg: Config
+    mesh: Mesh
+    folder: Path  # RUN_DIR/sft or RUN_DIR/rl
+    checkpointer: Checkpointer
+    stop: StopSignal
+    phases: Phases
+    writer: Writer
+    display: Display
+    total: int
+    done: int = 0  # steps finished
+
+    @classmethod
+    def open(cls, cfg: Config, mesh: Mesh, part: str, total: int, register: dict[str, Any]) -> Loop:
+        """Restore the newest checkpoint when `resume` is auto, and open the sinks after it. Collective."""
+        folder = Path(cfg.run_dir) / part
+        checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep)
+        for name, owner in register.items():
+            checkpointer.register(name, owner)
+        resumed = checkpointer.load_latest() if cfg.resume == "auto" else None
+        writer = open_writer(
+            folder,
+            is_main=mesh.is_main,
+            resume_step=resumed,
+            tensorboard=cfg.log.tensorboard,
+            wandb=cfg.log.wandb,
+            config=cfg.model_dump(mode="json"),
+        )
+        display = Display(part, total, start=resumed or 0, is_main=mesh.is_main, stream=launcher.terminal())
+        phases = Phases(on_enter=display.phase, synchronize=platform.synchronize)
+        loop = cls(
+            cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, total, done=resumed or 0
+        )
+        if resumed:
+            display.note(f"{part}: resumed after step {resumed} from {folder / 'checkpoints'}")
+        return loop
+
+    def run(self, step: Callable[[int], Mapping[str, float]]) -> bool:
+        """Steps until the total or a stop request; True when the total was reached.
+
+        The stop flag is reduced over the ranks here, at the step boundary, and a checkpoint is written before leaving.
+        """
+        saved = self.done
+        while self.done < self.total:
+            with _profiled(self.cfg.log.profile_steps, self.done + 1, self.folder, self.mesh):
+                metrics = step(self.done + 1)
+            self.done += 1
+            self.writer.write(self.done, metrics)
+            self.display.update(self.done, metrics)
+            stopping = self.mesh.any(self.stop.requested)
+            every = self.cfg.checkpoint.every
+            if stopping or self.done == self.total or (every and self.done % every == 0):
+                with self.phases("checkpoint"):
+                    self.checkpointer.save(self.done)
+                saved = self.done
+            if stopping and self.done < self.total:
+                self.display.note(f"stopped after step {saved}; set resume=auto to continue")
+                return False
+        return True
+
+    def close(self) -> None:
+        self.display.close()
+        self.writer.close()
+
+
+class _profiled:
+    """Records one step with torch.profiler into RUN_DIR/<part>/profile when it is asked for."""
+
+    def __init__(self, steps: list[int], step: int, folder: Path, mesh: Mesh) -> None:
+        self.path = folder / "profile" / f"step_{step:06d}_rank{mesh.rank}.json"
+        self.profiler = torch.profiler.profile(activities=platform.profiler_activities()) if step in steps else None
+
+    def __enter__(self) -> None:
+        if self.profiler is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.profiler.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.profiler is not None:
+            self.profiler.__exit__(*exception)
+            self.profiler.export_chrome_trace(str(self.path))
+
+
+def starting_checkpoint(cfg: Config, mesh: Mesh) -> str:
+    """`model.path`, made from `model.generate` by the main rank when it is not there. Collective."""
+    error = None
+    if mesh.is_main:
+        try:
+            ensure_checkpoint(cfg.model)
+        except BadInput as problem:
+            error = str(problem)
+    error = mesh.broadcast_object(error)
+    if error:
+        raise BadInput(error)
+    return cfg.model.path
+
+
+def check_applied(result: StepResult, where: str) -> None:
+    """Raises RunFailed for a step whose gradient was not finite: nothing was changed, and going on would hide it."""
+    if not result.applied:
+        raise RunFailed(
+            f"{where}: the gradient norm is {result.grad_norm}; no weight was changed. "
+            "Lower the learning rate, or look at the step's trajectories in rollouts/"
+        )
+
+
+def memory_metrics() -> dict[str, Metric]:
+    """GiB of all ranks together now (`memory/rss_gib`), and the largest peak of one (`memory/peak_rss_gib`)."""
+    used = platform.device_memory()
+    out: dict[str, Metric] = {
+        "memory/rss_gib": Sum(used["rss"]),
+        "memory/peak_rss_gib": Sum(used["peak_rss"]),
+    }
+    if "peak_allocated" in used:
+        out["memory/device_peak_gib"] = Max(used["peak_allocated"])
+    return out
+
+
+def pad_multiple(mesh: Mesh) -> int:
+    """Tokens of a packed row come in multiples of this: sequence parallelism splits it over tp, context over 2 cp."""
+    return mesh.tp * (2 * mesh.cp if mesh.cp > 1 else 1)
+
+
+def finish_export(policy: Policy, folder: Path, cfg: Config, extra_from: str) -> None:
+    """Write the policy as a Hugging Face checkpoint at `folder`, replacing an older export. Collective."""
+    from megarl.convert import save_hf
+
+    save_hf(folder, policy.modules, policy.spec, policy.mesh, dtype=cfg.export.dtype, extra_from=extra_from)

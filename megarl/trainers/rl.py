@@ -1,0 +1,292 @@
+"""Reinforcement learning: sample, score, update, sync; one step reads from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl import algorithms, launcher
+from megarl.algorithms import LossInputs, policy_loss
+from megarl.config.schema import Config
+from megarl.convert import stream_hf
+from megarl.data import PromptSource, load_tokenizer, micro_batches, pack
+from megarl.errors import BadInput
+from megarl.learner.host_parked import HostParked
+from megarl.learner.policy import Policy
+from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
+from megarl.parallel import Mesh
+from megarl.rewards import RewardRunner, check_failures, required_field
+from megarl.rollout.engine import Sampling
+from megarl.rollout.vllm_engine import VLLMEngine
+from megarl.rollout.weight_sync import SyncGap, SyncPlan, check_sync, default_threshold, make_probes, sync_weights
+from megarl.trainers import rl_batch
+from megarl.trainers.common import (
+    Loop,
+    check_applied,
+    finish_export,
+    memory_metrics,
+    pad_multiple,
+    starting_checkpoint,
+)
+from megarl.trainers.display import task
+from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
+from megarl.trainers.rollout_files import read_groups, rollout_file, write_groups
+from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
+
+
+def run(cfg: Config, from_rollouts: Path | None = None) -> None:
+    """Train `cfg.rl`, evaluate before and after, and export the result to RUN_DIR/rl/hf."""
+    reason = algorithms.check(cfg.rl.algorithm)
+    if reason:
+        raise BadInput(f"rl.algorithm: {reason}")
+    with RewardRunner(cfg.reward) as rewards:  # its processes start before vLLM's and gloo's threads exist
+        trainer = RLTrainer(cfg, Mesh.build(cfg.parallel), rewards, from_rollouts)
+        try:
+            trainer.prepare()
+            if trainer.loop.run(trainer.step):
+                with task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal()):
+                    finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
+        finally:
+            trainer.loop.close()
+
+
+class RLTrainer:
+    """Policy, engine and data of one RL run on this rank, and its step."""
+
+    def __init__(self, cfg: Config, mesh: Mesh, rewards: RewardRunner, from_rollouts: Path | None = None) -> None:
+        self.cfg, self.mesh, self.rewards, self.from_rollouts = cfg, mesh, rewards, from_rollouts
+        rl = cfg.rl
+        self.algorithm = algorithms.from_config(rl.algorithm)
+        self.start_path = self._start_path()
+        with task("load data and model", is_main=mesh.is_main, stream=launcher.terminal()):
+            self.policy = Policy.from_hf(
+                self.start_path,
+                cfg,
+                mesh,
+                optimizer=rl.optimizer,
+                total_steps=rl.steps * rl.optimizer_steps_per_rollout,
+                temperature=cfg.rollout.temperature,
+            )
+            self.reference = self._reference()
+            tokenizer = load_tokenizer(self.start_path, cfg.model.chat_template)
+            context = min(cfg.rollout.max_context or 1 << 30, self.policy.spec.max_position_embeddings)
+            self.eval_prompts = eval_prompts(cfg, tokenizer, context) if cfg.eval.data else []
+            self.data = PromptSource(
+                rl.data,
+                tokenizer,
+                cfg.seed,
+                rl.max_prompt_tokens or context - cfg.rollout.max_response_tokens,
+                exclude={prompt.text for prompt in self.eval_prompts},
+                required_field=lambda reward: required_field(cfg.reward, reward),
+            )
+        with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
+            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.model.dtype, cfg.seed, mesh, load=False)
+        spec = self.policy.spec
+        self.sync_plan = SyncPlan.build(spec, cfg.model.dtype)
+        self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
+        self.sync_gap = SyncGap(0.0, 0.0)
+        self.loop = Loop.open(cfg, mesh, "rl", rl.steps, {"policy": self.policy, "data": self.data})
+        self.loop.display.note(
+            f"rl: {mesh.describe()}; {len(self.data)} prompts, dropped {dict(self.data.dropped)}; "
+            f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step in "
+            f"{rl.optimizer_steps_per_rollout} optimizer steps"
+        )
+
+    def prepare(self) -> None:
+        """First sync, and the evaluation before the first step."""
+        self.sync()
+        if mesh_rows := self.loop.folder / "eval.jsonl":
+            if self.mesh.is_main and mesh_rows.exists():
+                cut_jsonl(mesh_rows, self.loop.done)
+        if self.loop.done == 0 and self.eval_prompts:
+            self.loop.writer.write(0, self.evaluate(0))
+
+    def step(self, number: int) -> Mapping[str, float]:
+        """One rollout and its optimizer steps; returns the step's reduced metrics."""
+        phases, rl = self.loop.phases, self.cfg.rl
+        groups = self.rollout(number)
+        with phases("prepare"):
+            batch = rl_batch.assemble(groups, self.algorithm)
+            parts = rl_batch.split(batch, rl.optimizer_steps_per_rollout, seed=self.cfg.seed * 1_000_003 + number)
+            packed = [self._pack(rl_batch.with_token_weights(part, self.algorithm)) for part in parts]
+        with phases("old_log_probs"):
+            metrics = self.old_log_probs(packed)
+        with phases("update"):
+            for micro in packed:
+                result = self.policy.train_step(micro, self.loss)
+                check_applied(result, f"rl step {number}")
+                merge(metrics, result.metrics)
+        with phases("sync"):
+            self.sync()
+        if self.mesh.is_main:
+            metrics |= rl_batch.group_metrics(groups)
+        return self._finish_step(number, batch, metrics)
+
+    def rollout(self, number: int) -> list[PromptGroup]:
+        """The step's scored groups, in the order of their prompts, on every rank."""
+        if self.from_rollouts is not None:
+            return read_groups(rollout_file(self.from_rollouts, number))
+        cfg, phases, layout = self.cfg, self.loop.phases, self.engine.layout
+        prompts = self.data.next(cfg.rl.prompts_per_step)
+        sampling = Sampling(cfg.rl.samples_per_prompt, cfg.rollout.max_response_tokens, cfg.rollout.temperature)
+        with phases("generate"):
+            own = self.engine.generate(prompts[layout.index :: layout.count], sampling, round_id=number)
+        own = own if self.mesh.rank % layout.tensor_parallel == 0 else []
+        with phases("reward"):
+            self._score(own)
+        with phases("gather"):
+            ranks = [groups for groups in self.mesh.all_gather_object(own) if groups]
+        order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
+        groups = sorted((g for groups in ranks for g in groups), key=lambda g: order[g.prompt.prompt_id])
+        trajectories = [t for group in groups for t in group.trajectories]
+        check_failures(cfg.reward, sum(t.reward_failed for t in trajectories), len(trajectories))
+        every = cfg.log.rollouts_every
+        if self.mesh.is_main and every and (number % every == 0 or number in (1, cfg.rl.steps)):
+            write_groups(rollout_file(self.loop.folder / "rollouts", number), groups)
+        return groups
+
+    def _score(self, groups: list[PromptGroup]) -> None:
+        pairs = [(group.prompt, t) for group in groups for t in group.trajectories]
+        results = self.rewards.score([(prompt, t.text) for prompt, t in pairs])
+        for (_prompt, trajectory), result in zip(pairs, results, strict=True):
+            trajectory.score = trajectory.shaped_reward = result.score
+            trajectory.reward_failed = result.failed
+
+    def old_log_probs(self, packed: list[list[MicroBatch]]) -> dict[str, Metric]:
+        """Fill in old (and reference) log-probs, with the packing of the update, and compare them with the engine's.
+
+        The pass is skipped when there is exactly one optimizer step: the old policy is then the one being trained, its
+        ratio is 1 by definition, and the loss compares the two engines instead.
+        """
+        metrics: dict[str, Metric] = {}
+        if len(packed) > 1:
+            for micro in packed:
+                for one, log_probs in zip(micro, self.policy.log_probs(micro)[0], strict=False):
+                    one.batch.old_log_probs = log_probs
+                    if self.mesh.tp_rank == 0:
+                        merge(metrics, engine_gap(one.batch, log_probs))
+        if self.reference is not None:
+            model, parked = self.reference
+            with parked.on_device():
+                for micro in packed:
+                    for one, log_probs in zip(micro, model.log_probs(micro)[0], strict=False):
+                        one.batch.ref_log_probs = log_probs
+        return metrics
+
+    def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
+        """This micro-batch's share of the step's loss, and its metrics."""
+        inputs = LossInputs(
+            log_probs=log_probs,
+            advantages=batch.advantages,
+            token_weights=batch.token_weights,
+            mask=batch.response_mask,
+            old_log_probs=batch.old_log_probs,
+            ref_log_probs=batch.ref_log_probs,
+            entropy=entropy,
+        )
+        loss, metrics = policy_loss(self.algorithm, inputs, shards)
+        if batch.old_log_probs is None:
+            metrics |= engine_gap(batch, log_probs.detach())
+        return loss, metrics
+
+    def sync(self) -> None:
+        """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
+        policy, mesh = self.policy, self.mesh
+        sync_weights(self.sync_plan, policy.modules, policy.spec, mesh, self.engine, policy.updates)
+        threshold = self.cfg.rollout.sync_threshold or default_threshold(self.cfg.model.dtype)
+        learner = probe_log_probs(policy, self.probes)
+        self.sync_gap = check_sync(
+            self.engine, self.probes, learner, threshold, mesh, lambda: stream_hf(policy.modules, policy.spec, mesh)
+        )
+
+    def evaluate(self, number: int) -> dict[str, float]:
+        """Held-out accuracy now; appended to rl/eval.jsonl."""
+        with self.loop.phases("eval"):
+            rows = evaluate(self.cfg, self.mesh, self.engine, self.rewards, self.eval_prompts)
+        if self.mesh.is_main:
+            write_results(self.loop.folder / "eval.jsonl", rows, step=number)
+        figures = {f"eval/{k}": v for k, v in rows[0].items() if isinstance(v, float)}
+        self.loop.display.note(f"held-out accuracy after step {number}: {figures['eval/accuracy']:.1%}")
+        return figures
+
+    def _finish_step(self, number: int, batch: Batch, metrics: dict[str, Metric]) -> dict[str, float]:
+        cfg, phases = self.cfg, self.loop.phases
+        evaluated: dict[str, float] = {}
+        if self.eval_prompts and (number == cfg.rl.steps or (cfg.eval.every and number % cfg.eval.every == 0)):
+            evaluated = self.evaluate(number)
+        if cfg.export.every and number % cfg.export.every == 0:
+            with phases("export"):
+                finish_export(self.policy, self.loop.folder / f"hf_step_{number:06d}", cfg, self.start_path)
+        for name in ("policy/loss", "policy/dropped_tokens"):
+            if name == "policy/loss" and name in metrics:
+                metrics[name] = metrics[name].scaled(1 / cfg.rl.optimizer_steps_per_rollout)
+        generated = float(batch.response_mask.sum())
+        seconds = {name: max(phases.seconds(name), 1e-9) for name in ("generate", "old_log_probs", "update", "sync")}
+        metrics |= {
+            "sync/gap_mean": Mean(self.sync_gap.mean),
+            "sync/gap_max": Max(self.sync_gap.max),
+            "sync/seconds": Mean(seconds["sync"]),
+        }
+        metrics |= phases.metrics() | memory_metrics()
+        reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated
+        reduced["throughput/rollout_tokens_per_second"] = generated / seconds["generate"]
+        reduced["throughput/learner_tokens_per_second"] = batch.tokens.numel() / (
+            seconds["old_log_probs"] + seconds["update"]
+        )
+        return reduced
+
+    def _pack(self, batch: Batch) -> list[MicroBatch]:
+        mesh = self.mesh
+        return micro_batches(
+            batch,
+            self.cfg.rl.micro_batch_tokens,
+            mesh.dp_rank,
+            mesh.dp,
+            pad_multiple(mesh),
+            count_multiple=mesh.pp if mesh.vpp else 1,
+        )
+
+    def _start_path(self) -> str:
+        """The checkpoint RL starts from: the project's SFT export, or `model.path`."""
+        cfg = self.cfg
+        if cfg.rl.init_from == "sft" and cfg.sft is not None:
+            path = Path(cfg.run_dir) / "sft" / "hf"
+            if not (path / "config.json").exists():
+                raise BadInput(f"{path}: no SFT result; run `megarl sft` on this config first, or set rl.init_from=model")
+            return str(path)
+        return starting_checkpoint(cfg, self.mesh)
+
+    def _reference(self) -> tuple[Policy, HostParked] | None:
+        if not self.algorithm.needs_reference:
+            return None
+        path, cfg = self.cfg.rl.reference or self.start_path, self.cfg
+        model = Policy.from_hf(path, cfg, self.mesh, role="reference", temperature=cfg.rollout.temperature)
+        return model, HostParked(model.modules)
+
+
+def engine_gap(batch: Batch, log_probs: Tensor) -> dict[str, Metric]:
+    """|learner - engine| log-prob of the sampled tokens, in nats: the mismatch the update works with."""
+    gap = (log_probs - batch.rollout_log_probs).abs()
+    return {
+        "gap/logprob_mean": Mean.of(gap, batch.response_mask),
+        "gap/logprob_max": Max.of(gap, batch.response_mask),
+    }
+
+
+def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[Any]:
+    """The learner's log-probs of the probe sequences at temperature 1: one float32 array of len(probe) each, everywhere."""
+    lengths = torch.tensor([len(probe) for probe in probes])
+    tokens = torch.tensor([token for probe in probes for token in probe])
+    batch = Batch(tokens, lengths, torch.ones(len(tokens)))
+    micro = [pack(batch, range(len(probes)), pad_multiple(policy.mesh))]
+    if policy.mesh.vpp:
+        micro *= policy.mesh.pp
+    log_probs, _entropy = policy.log_probs(micro, temperature=1.0)
+    mine = log_probs[0] if log_probs else None
+    everyone = policy.mesh.all_gather_object(mine) if policy.mesh.pp > 1 else [mine]
+    flat = next(x for x in everyone if x is not None)
+    return [part.numpy() for part in flat.split(lengths.tolist())]

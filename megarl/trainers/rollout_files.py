@@ -1,0 +1,99 @@
+"""Sampled trajectories on disk: one JSON object a trajectory, one file a step, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megarl.errors import BadInput
+from megarl.types import Prompt, PromptGroup, Trajectory
+
+
+def rollout_file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.jsonl"
+
+
+def write_groups(path: Path, groups: list[PromptGroup]) -> None:
+    """Write every trajectory of the groups; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for group in groups:
+            for trajectory in group.trajectories:
+                out.write(json.dumps(_row(group.prompt, trajectory)) + "\n")
+    partial.replace(path)
+
+
+def read_groups(path: Path) -> list[PromptGroup]:
+    """The groups of `write_groups`, in the same order. Raises BadInput naming the line that cannot be read."""
+    groups: dict[str, PromptGroup] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give a rollouts/ folder with a file for every step") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt, trajectory = _parse(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}:{number}: not a trajectory ({type(error).__name__}: {error})") from None
+        group = groups.setdefault(trajectory.group_id, PromptGroup(trajectory.group_id, prompt, []))
+        group.trajectories.append(trajectory)
+    return list(groups.values())
+
+
+def _row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
+    routed = None
+    if t.routed_experts is not None:
+        routed = {"dtype": str(t.routed_experts.dtype), "values": t.routed_experts.tolist()}
+    return {
+        "group_id": t.group_id,
+        "sample_index": t.sample_index,
+        "prompt_id": prompt.prompt_id,
+        "source": prompt.source,
+        "prompt": prompt.text,
+        "response": t.text,
+        "answer": prompt.answer,
+        "score": t.score,
+        "shaped_reward": t.shaped_reward,
+        "reward_failed": t.reward_failed,
+        "finish_reason": t.finish_reason,
+        "prompt_ids": t.prompt_ids,
+        "response_ids": t.response_ids,
+        "response_mask": t.response_mask.tolist(),
+        "rollout_log_probs": [float(x) for x in t.rollout_log_probs],
+        "policy_version": t.policy_version.tolist(),
+        "routed_experts": routed,
+        "reward": prompt.reward,
+        "metadata": prompt.metadata,
+    }
+
+
+def _parse(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
+    prompt = Prompt(
+        row["prompt_id"],
+        tuple(row["prompt_ids"]),
+        row["answer"],
+        row["reward"],
+        row["source"],
+        row["prompt"],
+        row["metadata"],
+    )
+    routed = row["routed_experts"]
+    return prompt, Trajectory(
+        group_id=row["group_id"],
+        sample_index=row["sample_index"],
+        prompt_ids=row["prompt_ids"],
+        response_ids=row["response_ids"],
+        response_mask=np.array(row["response_mask"], np.uint8),
+        rollout_log_probs=np.array(row["rollout_log_probs"], np.float32),
+        finish_reason=row["finish_reason"],
+        policy_version=np.array(row["policy_version"], np.int32),
+        text=row["response"],
+        routed_experts=None if routed is None else np.array(routed["values"], routed["dtype"]),
+        score=row["score"],
+        shaped_reward=row["shaped_reward"],
+        reward_failed=row["reward_failed"],
+    )

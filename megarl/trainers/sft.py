@@ -1,0 +1,97 @@
+"""Supervised fine-tuning: the warm start before RL, or continued pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl import launcher
+from megarl.config.schema import Config
+from megarl.data import SFTData, load_eval_prompts, load_tokenizer, micro_batches
+from megarl.learner.policy import Policy
+from megarl.metrics import Mean, Metric, reduce_metrics
+from megarl.parallel import Mesh
+from megarl.trainers.common import Loop, check_applied, finish_export, memory_metrics, pad_multiple, starting_checkpoint
+from megarl.trainers.display import task
+from megarl.types import Batch, MicroBatch, SequenceShards
+
+# the learner's names -> the names of an SFT run
+RENAMED = {"policy/grad_norm": "sft/grad_norm", "policy/lr": "sft/lr", "policy/grad_norm_max": "sft/grad_norm_max"}
+
+
+def run(cfg: Config) -> None:
+    """Train `cfg.sft` and export the result to RUN_DIR/sft/hf."""
+    mesh = Mesh.build(cfg.parallel)
+    trainer = SFTTrainer(cfg, mesh)
+    try:
+        if trainer.loop.run(trainer.step):
+            with task("export to Hugging Face", is_main=mesh.is_main, stream=launcher.terminal()):
+                finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, cfg.model.path)
+    finally:
+        trainer.loop.close()
+
+
+def token_mean_loss(batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
+    """Cross-entropy with the batch's global token weights."""
+    chosen = torch.where(batch.response_mask > 0, log_probs, 0.0)
+    loss = -(batch.token_weights * chosen).sum()
+    return loss, {"sft/loss": Mean(-chosen.detach().double().sum(), batch.response_mask.double().sum())}
+
+
+class SFTTrainer:
+    """Data, policy and step of one supervised run on this rank."""
+
+    def __init__(self, cfg: Config, mesh: Mesh) -> None:
+        self.cfg, self.mesh, sft = cfg, mesh, cfg.sft
+        path = starting_checkpoint(cfg, mesh)
+        with task("load data and model", is_main=mesh.is_main, stream=launcher.terminal()):
+            self.policy = Policy.from_hf(path, cfg, mesh, optimizer=sft.optimizer, total_steps=sft.steps)
+            tokenizer = load_tokenizer(path, cfg.model.chat_template)
+            longest = sft.max_tokens or self.policy.spec.max_position_embeddings
+            held_out = {p.text for p in load_eval_prompts(cfg.eval.data, tokenizer, longest)}
+            self.data = SFTData(sft.data, tokenizer, longest, cfg.seed, exclude=held_out)
+            self.validation = SFTData(sft.validation, tokenizer, longest, cfg.seed) if sft.validation else None
+        self.loop = Loop.open(cfg, mesh, "sft", sft.steps, {"policy": self.policy, "data": self.data})
+        self.loop.display.note(f"sft: {mesh.describe()}; {len(self.data)} rows, dropped {dict(self.data.dropped)}")
+
+    def step(self, number: int) -> Mapping[str, float]:
+        """One optimizer step; returns its reduced metrics."""
+        sft, phases = self.cfg.sft, self.loop.phases
+        with phases("data"):
+            packed = self._pack(self.data.next(sft.batch_size))
+        with phases("update"):
+            result = self.policy.train_step(packed, token_mean_loss)
+        check_applied(result, f"sft step {number}")
+        metrics: dict[str, Metric] = {RENAMED.get(name, name): value for name, value in result.metrics.items()}
+        if self.validation and (number == sft.steps or (sft.validate_every and number % sft.validate_every == 0)):
+            with phases("validation"):
+                metrics |= self._validate()
+        seconds = phases.seconds("update")
+        metrics |= phases.metrics() | memory_metrics()
+        reduced = reduce_metrics(metrics, self.mesh.all_gather_object)
+        tokens = sum(sum(g) for g in self.mesh.all_gather_object([m.tokens.numel() for m in packed]))
+        copies = self.mesh.tp * self.mesh.pp * self.mesh.cp  # ranks that share one data-parallel share
+        reduced["throughput/learner_tokens_per_second"] = tokens / copies / max(seconds, 1e-9)
+        return reduced
+
+    def _pack(self, batch: Batch) -> list[MicroBatch]:
+        batch = batch.replace(token_weights=batch.response_mask / batch.response_mask.sum().clamp(min=1))
+        return micro_batches(
+            batch,
+            self.cfg.sft.micro_batch_tokens,
+            self.mesh.dp_rank,
+            self.mesh.dp,
+            pad_multiple(self.mesh),
+            count_multiple=self.mesh.pp if self.mesh.vpp else 1,
+        )
+
+    def _validate(self) -> dict[str, Metric]:
+        total: Metric | None = None
+        for batch in self.validation.batches(self.cfg.sft.batch_size):
+            metrics = self.policy.validate(self._pack(batch), token_mean_loss)
+            mine = metrics.get("sft/loss", Mean(0.0, 0.0))
+            total = mine if total is None else total.merge(mine)
+        return {"sft/validation_loss": total}
