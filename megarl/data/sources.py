@@ -70,7 +70,7 @@ def _files(source: DataSource, suffix: str) -> list[Path]:
 def _jsonl(source: DataSource) -> Iterator[Row]:
     for file in _files(source, ".jsonl"):
         with open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=0):
+            for number, line in enumerate(stream, start=1):
                 origin = f"{file}:{number}"
                 if not line.strip():
                     raise BadInput(f"{origin}: empty line; remove it")

@@ -20,10 +20,24 @@ from megarl.platform.host import host_memory
 NAME = "cpu"
 BACKEND = "gloo"
 CPU = torch.device("cpu")
-FACTORIES = (
-    "tensor empty zeros ones full arange rand randn randint as_tensor eye linspace "
-    "empty_like zeros_like ones_like full_like"
-).split()
+FACTORIES = [
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "as_tensor",
+    "eye",
+    "linspace",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+]
 
 
 def device() -> torch.device:

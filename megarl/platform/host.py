@@ -5,13 +5,17 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+import psutil
+
 GIB = 2**30
 
 
 def host_memory() -> dict[str, float]:
-    """GiB: resident now (`rss`) and at most so far (`peak_rss`)."""
+    """GiB: resident now (`rss`), at most so far (`peak_rss`), and of this process's children now (`children`)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
+    children = sum(child.memory_info().rss for child in psutil.Process().children(recursive=True) if child.is_running())
     return {
+        "children": children / GIB,
         "rss": pages * resource.getpagesize() / GIB,
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
     }

@@ -54,9 +54,7 @@ class _NoCount:
     def task_done(self) -> None: ...
 
 
-def _write_in_this_process(
-    transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue
-) -> None:
+def _write_in_this_process(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
     """Megatron forks writers and starts a manager by spawn: a fork of a process with gloo and vLLM threads can hang,
     and the spawned one imports the whole program again (seconds a save). A synchronous save needs neither."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync

@@ -59,7 +59,9 @@ def install() -> None:
     if platform.name() == "cpu":
         import torch._dynamo.config
 
-        torch._dynamo.config.disable = True  # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported: maybe long ago
+        torch._dynamo.config.disable = (
+            True  # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported: maybe long ago
+        )
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from megarl.errors import BadInput
 from megarl.report.charts import show
 from megarl.report.data import figures, load_run
 from megarl.report.page import LABELS, page
+from megarl.report.summary import write_summary
 
-__all__ = ["describe_machine", "render_summary", "write_report"]
+__all__ = ["describe_machine", "render_summary", "write_report", "write_summary"]
 
 
 def write_report(run_dir: Path | str) -> Path:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megarl import platform
 from megarl.config.schema import Rollout
 from megarl.errors import BadInput, RunFailed
 from megarl.platform import vllm_patches

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megarl import launcher, platform
@@ -21,6 +23,22 @@ from megarl.platform.signals import StopSignal
 from megarl.trainers.display import Display, Phases
 
 
+class Clock:
+    """Seconds this command has run, from the start of its process, with those of the runs it continues."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+
+    def seconds(self) -> float:
+        return self._before + time.time() - psutil.Process().create_time()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._before = state["seconds"]
+
+
 @dataclass
 class Loop:
     """One phase of a project (sft or rl) on this rank: where it writes, what it shows, how it stops and resumes."""
@@ -33,6 +51,7 @@ class Loop:
     phases: Phases
     writer: Writer
     display: Display
+    clock: Clock
     total: int
     done: int = 0  # steps finished
 
@@ -41,7 +60,8 @@ class Loop:
         """Restore the newest checkpoint when `resume` is auto, and open the sinks after it. Collective."""
         folder = Path(cfg.run_dir) / part
         checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep)
-        for name, owner in register.items():
+        clock = Clock()
+        for name, owner in {**register, "clock": clock}.items():
             checkpointer.register(name, owner)
         resumed = checkpointer.load_latest() if cfg.resume == "auto" else None
         writer = open_writer(
@@ -55,7 +75,7 @@ class Loop:
         display = Display(part, total, start=resumed or 0, is_main=mesh.is_main, stream=launcher.terminal())
         phases = Phases(on_enter=display.phase, synchronize=platform.synchronize)
         loop = cls(
-            cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, total, done=resumed or 0
+            cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, clock, total, resumed or 0
         )
         if resumed:
             display.note(f"{part}: resumed after step {resumed} from {folder / 'checkpoints'}")
@@ -69,7 +89,7 @@ class Loop:
         saved = self.done
         while self.done < self.total:
             with _profiled(self.cfg.log.profile_steps, self.done + 1, self.folder, self.mesh):
-                metrics = step(self.done + 1)
+                metrics = {**step(self.done + 1), "clock/seconds": self.clock.seconds()}
             self.done += 1
             self.writer.write(self.done, metrics)
             self.display.update(self.done, metrics)
@@ -131,11 +151,11 @@ def check_applied(result: StepResult, where: str) -> None:
 
 
 def memory_metrics() -> dict[str, Metric]:
-    """GiB of all ranks together now (`memory/rss_gib`), and the largest peak of one (`memory/peak_rss_gib`)."""
+    """GiB of all ranks and their reward workers together: now (`memory/rss_gib`), and the sum of the ranks' peaks."""
     used = platform.device_memory()
     out: dict[str, Metric] = {
-        "memory/rss_gib": Sum(used["rss"]),
-        "memory/peak_rss_gib": Sum(used["peak_rss"]),
+        "memory/rss_gib": Sum(used["rss"] + used["children"]),
+        "memory/peak_rss_gib": Sum(used["peak_rss"] + used["children"]),
     }
     if "peak_allocated" in used:
         out["memory/device_peak_gib"] = Max(used["peak_allocated"])

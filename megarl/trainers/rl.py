@@ -19,6 +19,7 @@ from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy
 from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import Mesh
+from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
 from megarl.rollout.vllm_engine import VLLMEngine
@@ -50,6 +51,7 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
             if trainer.loop.run(trainer.step):
                 with task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal()):
                     finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
+                trainer.report()
         finally:
             trainer.loop.close()
 
@@ -99,11 +101,12 @@ class RLTrainer:
     def prepare(self) -> None:
         """First sync, and the evaluation before the first step."""
         self.sync()
-        if mesh_rows := self.loop.folder / "eval.jsonl":
-            if self.mesh.is_main and mesh_rows.exists():
-                cut_jsonl(mesh_rows, self.loop.done)
+        evaluated = self.loop.folder / "eval.jsonl"
+        if self.mesh.is_main and evaluated.exists():
+            cut_jsonl(evaluated, self.loop.done if self.loop.done else -1)
         if self.loop.done == 0 and self.eval_prompts:
             self.loop.writer.write(0, self.evaluate(0))
+            self.loop.phases.metrics()  # the first step's clock starts here
 
     def step(self, number: int) -> Mapping[str, float]:
         """One rollout and its optimizer steps; returns the step's reduced metrics."""
@@ -213,6 +216,15 @@ class RLTrainer:
         self.loop.display.note(f"held-out accuracy after step {number}: {figures['eval/accuracy']:.1%}")
         return figures
 
+    def report(self) -> None:
+        """summary.json and report.html of the whole project, and where they are."""
+        if not self.mesh.is_main:
+            return
+        run_dir = Path(self.cfg.run_dir)
+        write_summary(run_dir, self.mesh.world_size, describe_machine())
+        self.loop.display.note(render_summary(run_dir))
+        self.loop.display.note(f"report: {write_report(run_dir)}")
+
     def _finish_step(self, number: int, batch: Batch, metrics: dict[str, Metric]) -> dict[str, float]:
         cfg, phases = self.cfg, self.loop.phases
         evaluated: dict[str, float] = {}
@@ -221,9 +233,8 @@ class RLTrainer:
         if cfg.export.every and number % cfg.export.every == 0:
             with phases("export"):
                 finish_export(self.policy, self.loop.folder / f"hf_step_{number:06d}", cfg, self.start_path)
-        for name in ("policy/loss", "policy/dropped_tokens"):
-            if name == "policy/loss" and name in metrics:
-                metrics[name] = metrics[name].scaled(1 / cfg.rl.optimizer_steps_per_rollout)
+        if "policy/loss" in metrics:
+            metrics["policy/loss"] = metrics["policy/loss"].scaled(1 / cfg.rl.optimizer_steps_per_rollout)
         generated = float(batch.response_mask.sum())
         seconds = {name: max(phases.seconds(name), 1e-9) for name in ("generate", "old_log_probs", "update", "sync")}
         metrics |= {
@@ -256,7 +267,9 @@ class RLTrainer:
         if cfg.rl.init_from == "sft" and cfg.sft is not None:
             path = Path(cfg.run_dir) / "sft" / "hf"
             if not (path / "config.json").exists():
-                raise BadInput(f"{path}: no SFT result; run `megarl sft` on this config first, or set rl.init_from=model")
+                raise BadInput(
+                    f"{path}: no SFT result; run `megarl sft` on this config first, or set rl.init_from=model"
+                )
             return str(path)
         return starting_checkpoint(cfg, self.mesh)
 

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.dist.harness import run_ranks
-from tests.dist.vllm_cases import make_checkpoint, prompts
 
 from megarl.rollout.engine import sample_seed
+from tests.dist.harness import run_ranks
+from tests.dist.vllm_cases import make_checkpoint, prompts
 
 FLOAT32 = 1e-5  # log-prob gap of two float32 engines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.dist.harness import run_ranks
 from tests.dist.vllm_cases import make_checkpoint
 

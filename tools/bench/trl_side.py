@@ -28,9 +28,9 @@ def record_phase(context: ProfilingContext, duration: float) -> None:
 ProfilingContext._log_metrics = record_phase
 
 
-def reward(completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
     SECONDS["tokens"] += sum(map(len, completion_ids))
-    return [distinct_characters(text) for text in completions]
+    return [distinct_characters(prompt, response) for prompt, response in zip(prompts, completions, strict=True)]
 
 
 class TakeTurns(TrainerCallback):
@@ -102,16 +102,16 @@ def main(settings: dict) -> None:
         # GSPO, as on the other side; no reference model, no auxiliary loss
         importance_sampling_level="sequence",
         loss_type="grpo",
-        epsilon=3e-4,
-        epsilon_high=4e-4,
+        epsilon=settings["clip"][0],
+        epsilon_high=settings["clip"][1],
         beta=0.0,
         router_aux_loss_coef=0.0,
         # optimizer
         learning_rate=settings["lr"],
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
+        adam_beta2=settings["beta2"],
+        max_grad_norm=settings["clip_grad"],
         # what DistributedDataParallel would otherwise do for nothing
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,

@@ -27,6 +27,6 @@ class Turns:
         return sys.stdin.readline().strip() == "go"
 
 
-def distinct_characters(text: str) -> float:
-    """A reward that costs nothing and varies within a group, so that no group drops out."""
-    return float(len(set(text)) % 5)
+def distinct_characters(prompt: str, response: str, answer: str | None = None, **_: Any) -> float:
+    """A reward that costs nothing and varies within a group, so that no group is without signal."""
+    return float(len(set(response)) % 5)

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -39,6 +40,7 @@ MODELS = ("1m", "20m")
 CORES = 2
 
 COMMON = {"samples": 128, "group": 8, "max_tokens": 64, "lr": 1e-5, "seed": 1}
+CLIP, BETA2, CLIP_GRAD = (3e-4, 4e-4), 0.95, 1.0
 DEFAULT = {"processes": 2, "threads": 1, "micro_batch": 64, "experts": "grouped_mm", "cache": None}
 DEFAULT |= {"continuous": None, "compile": False, "compile_decode": False, "env": {}}
 # by default transformers takes most of the free memory for its cache, on every rank
@@ -202,7 +204,9 @@ def started(sides: list[Side]) -> Iterator[list[Side]]:
 
 
 def trl_side(name: str, model: Path, python: Path, changes: dict) -> Side:
-    settings = {**DEFAULT, **COMMON, **changes, "model": str(model), "prompts": str(model / "prompts.jsonl")}
+    shared = {**COMMON, "clip": CLIP, "beta2": BETA2, "clip_grad": CLIP_GRAD}
+    shared |= {"model": str(model), "prompts": str(model / "prompts.jsonl")}
+    settings = {**DEFAULT, **shared, **changes}
     label = "".join(c if c.isalnum() else "-" for c in name)
     settings["out"] = str(WORK / f"out-{label}")
     command = [str(python), str(HERE / "trl_side.py"), json.dumps(settings)]
@@ -210,20 +214,49 @@ def trl_side(name: str, model: Path, python: Path, changes: dict) -> Side:
     return Side(name, command, settings["processes"], settings["threads"], settings["env"], log)
 
 
-def megarl_side(model: Path) -> Side:
-    settings = {**COMMON, "model": str(model), "prompts": str(model / "prompts.jsonl"), "out": str(WORK / "megarl")}
-    command = [sys.executable, str(HERE / "megarl_side.py"), json.dumps(settings)]
-    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
-    return Side("megarl", command, CORES, 1, env, WORK / f"{model.name}-megarl.log")
+def megarl_config(model: Path, out: Path, ep: int) -> dict:
+    prompts = COMMON["samples"] // COMMON["group"]
+    optimizer = {"lr": COMMON["lr"], "schedule": "constant", "betas": [0.9, BETA2], "clip_grad": CLIP_GRAD}
+    return {
+        "seed": COMMON["seed"],
+        "run_dir": str(out),
+        "model": {"path": str(model), "dtype": "float32"},
+        "parallel": {"nproc": CORES, "ep": ep},
+        "rl": {
+            "init_from": "model",
+            "data": [{"type": "jsonl", "path": str(model / "prompts.jsonl")}],
+            "algorithm": {"preset": "gspo", "gate": {"type": "clip", "low": CLIP[0], "high": CLIP[1]}},
+            "steps": 1_000_000,
+            "prompts_per_step": prompts,
+            "samples_per_prompt": COMMON["group"],
+            "optimizer_steps_per_rollout": 1,
+            "optimizer": optimizer,
+        },
+        "rollout": {"max_response_tokens": COMMON["max_tokens"], "temperature": 1.0, "max_context": 128},
+        "reward": {"type": "turns:distinct_characters"},
+        "checkpoint": {"every": 0},
+        "log": {"tensorboard": False, "rollouts_every": 0},
+    }
+
+
+def megarl_side(model: Path, ep: int) -> Side:
+    out = WORK / f"out-megarl-{model.name}"
+    shutil.rmtree(out, ignore_errors=True)
+    config = WORK / f"{model.name}-megarl.yaml"
+    config.write_text(json.dumps(megarl_config(model, out, ep), indent=1))  # JSON is YAML
+    command = [sys.executable, str(HERE / "megarl_side.py"), str(config)]
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}  # the reward's workers import it by name
+    return Side(f"megarl, 2 ranks, ep={ep}", command, CORES, 1, env, WORK / f"{model.name}-megarl.log")
 
 
 def take_turns(sides: list[Side], rounds: int, keep: bool = True) -> None:
     for _ in range(rounds):
         for side in sides:
             others = [other for other in sides if other is not side]
-            before = sum(map(Side.cpu_seconds, others))
+            own, idle = side.cpu_seconds(), sum(map(Side.cpu_seconds, others))
             turn = side.turn()
-            turn["idle_cpu"] = (sum(map(Side.cpu_seconds, others)) - before) / turn["seconds"]
+            turn["cpu"] = side.cpu_seconds() - own
+            turn["idle_cpu"] = (sum(map(Side.cpu_seconds, others)) - idle) / turn["seconds"]
             if keep:
                 side.turns.append(turn)
 
@@ -232,15 +265,17 @@ def describe(side: Side) -> str:
     times = [turn["seconds"] for turn in side.turns]
     tokens = statistics.mean(turn["tokens"] for turn in side.turns)
     phases = {k: statistics.median(turn["phases"][k] for turn in side.turns) for k in side.turns[0]["phases"]}
+    cpu = statistics.median(turn["cpu"] for turn in side.turns)
     idle = 100 * statistics.mean(turn["idle_cpu"] for turn in side.turns)
     split = "  ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
     return (
         f"{side.name}: median {side.median():.2f} s a step ({min(times):.2f} to {max(times):.2f}, {len(times)} steps), "
-        f"{tokens:.0f} tokens a step\n  {split}   (the idle side used {idle:.1f} % of a core)"
+        f"{tokens:.0f} tokens a step\n"
+        f"  {split}\n  {cpu:.2f} s of CPU time a step; meanwhile the waiting side used {idle:.1f} % of a core"
     )
 
 
-def compare(size: str, rounds: int, warm_up: int, python: Path) -> None:
+def compare(size: str, rounds: int, warm_up: int, python: Path, ep: int) -> None:
     model = ensure_model(size, python)
     parameters = json.loads((model / "parameters.json").read_text())["parameters"]
     print(f"\n{size}: {parameters:,} parameters, {COMMON['samples']} samples of up to {COMMON['max_tokens']} tokens")
@@ -249,7 +284,7 @@ def compare(size: str, rounds: int, warm_up: int, python: Path) -> None:
         trl_side("TRL, 2 processes x 1 thread", model, python, fastest),
         trl_side("TRL, 1 process x 2 threads", model, python, {**fastest, "processes": 1, "threads": 2}),
     ]
-    with started([megarl_side(model), *trl]) as sides:
+    with started([megarl_side(model, ep), *trl]) as sides:
         take_turns(sides, 1, keep=False)
         take_turns(sides, warm_up)
         chosen = min(trl, key=Side.median)
@@ -293,6 +328,9 @@ def main() -> int:
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--rounds", type=positive, default=10, help="measured steps of each side (default 10)")
     parser.add_argument("--warm-up", type=positive, default=2, help="rounds that choose TRL's processes (default 2)")
+    parser.add_argument(
+        "--ep", type=int, choices=(1, 2), default=1, help="expert parallel degree of megarl (default 1)"
+    )
     parser.add_argument("--sweep", nargs="*", choices=[*SWEEP], metavar="SETTING", help="compare settings of TRL alone")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both close the sides
@@ -302,7 +340,7 @@ def main() -> int:
             if arguments.sweep is not None:
                 sweep(size, arguments.rounds, python, arguments.sweep or [*SWEEP])
             else:
-                compare(size, arguments.rounds, arguments.warm_up, python)
+                compare(size, arguments.rounds, arguments.warm_up, python, arguments.ep)
     except BenchFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
