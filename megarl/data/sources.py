@@ -35,7 +35,8 @@ def load_rows(source: DataSource) -> Iterator[Row]:
     """The rows of `source` in order.
 
     A reasoning-gym entry becomes `prompt`, `response` and `answer` (both its answer) and `entry` (all of it, for its
-    own scorer); its generator's seed is `seed * SEED_STRIDE`. Raises BadInput with file and line for an empty or malformed row, and for a source without any.
+    own scorer); its generator's seed is `seed * SEED_STRIDE`. Raises BadInput with file and line for an empty or
+    malformed row, and for a source without any.
     """
     readers = {"jsonl": _jsonl, "parquet": _parquet, "hf": _hf, "reasoning_gym": _reasoning_gym}
     needed = "task" if source.type == "reasoning_gym" else "path"

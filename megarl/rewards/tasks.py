@@ -74,8 +74,7 @@ def _lazy_package(spec: Any) -> None:
     package = importlib.util.module_from_spec(spec)
 
     def run_init(attribute: str) -> Any:
-        # Submodules and dunders must look absent: the import system then imports just the one it wants.
-        if attribute.startswith("__") or importlib.util.find_spec(f"reasoning_gym.{attribute}"):
+        if attribute.startswith("__"):  # the import system probes for these
             raise AttributeError(attribute)
         vars(package).pop("__getattr__", None)
         spec.loader.exec_module(package)

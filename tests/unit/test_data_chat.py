@@ -60,9 +60,7 @@ def test_mask_is_transformers_own_assistant_mask(folder, contents):
     tokenizer = with_template(folder, CHATML)
     messages = [{"role": "system", "content": "Say the sum"}, *turns(*contents)]
     tokens, mask = render_sft(tokenizer, row(messages=messages))
-    theirs = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    theirs = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(theirs["input_ids"]) == text and text.endswith("<|im_end|>\n")
     # The line break after the last end token is nobody's: not sampled, and nothing comes after it.

@@ -19,7 +19,7 @@ from megarl.rewards import RewardRunner, check_failures
 from megarl.rewards.tasks import create_dataset
 from megarl.types import Prompt
 
-VERIFIER = '''
+VERIFIER = """
 import math, os, subprocess, time
 
 def score(prompt, response, answer, **metadata):
@@ -46,7 +46,7 @@ def score(prompt, response, answer, **metadata):
 
 def kind(prompt, response, answer, **metadata):
     return isinstance(metadata["pair"], tuple)
-'''
+"""
 
 
 def prompt(**fields) -> Prompt:
@@ -119,7 +119,9 @@ def test_rows_choose_their_reward_and_metadata_arrive_unchanged(verifier):
 
 def test_reasoning_gym_scores_of_a_thousand_responses_are_its_own_and_fast():
     data = create_dataset("chain_sum", size=1024, seed=3)
-    rows = [(prompt(answer=e["answer"], metadata={"entry": e}), e["answer"] if i % 3 else "17") for i, e in enumerate(data)]
+    rows = [
+        (prompt(answer=e["answer"], metadata={"entry": e}), e["answer"] if i % 3 else "17") for i, e in enumerate(data)
+    ]
     own = [data.score_answer(text, row.metadata["entry"]) for row, text in rows]
     with RewardRunner(Reward(type="reasoning_gym")) as runner:
         runner.score(rows[:1])
@@ -220,7 +222,10 @@ def test_workers_die_with_a_killed_parent_even_in_an_endless_loop(verifier, tmp_
 
 def test_a_verifier_that_always_hangs_stops_the_call_early(verifier):
     reward = Reward(type=f"{verifier}:score", timeout_seconds=0.1, max_failed_fraction=0.05, workers=2)
-    with RewardRunner(reward) as runner, pytest.raises(RunFailed, match="9 of 100 .*most frequent: timed out after 0.1"):
+    with (
+        RewardRunner(reward) as runner,
+        pytest.raises(RunFailed, match="9 of 100 .*most frequent: timed out after 0.1"),
+    ):
         runner.score([(prompt(), "hang")] * 100)
 
 
@@ -249,7 +254,10 @@ class JudgeHandler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((body, self.headers.get("X-Key")))
-        status, reply = 200, {"scores": [len(i["response"]) if i["response"] != "skip" else None for i in body["items"]]}
+        status, reply = (
+            200,
+            {"scores": [len(i["response"]) if i["response"] != "skip" else None for i in body["items"]]},
+        )
         if len(self.server.requests) <= self.server.failures:
             status, reply = self.server.broken(reply)
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()

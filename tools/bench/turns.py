@@ -11,10 +11,7 @@ ANSWER_FD = "VS_TRL_ANSWER_FD"
 
 
 class Turns:
-    """One rank's end of the protocol: a line of stdin starts a step, a line of JSON on a pipe of its own answers it.
-
-    Blocking in read() is what keeps an idle side off the cores.
-    """
+    """One rank's end of the protocol: a line of stdin starts a step, a line of JSON on a pipe of its own answers it."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(int(os.environ[ANSWER_FD]), "w", buffering=1)

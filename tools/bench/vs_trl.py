@@ -4,7 +4,7 @@
 
 Same random Qwen3-MoE, prompts, sampling, reward, loss (GSPO), optimizer and learning rate; 128 samples of up to 64 new
 tokens in groups of 8, one optimizer step per rollout, float32, two cores. Both sides are started and warmed up first;
-then they step in turns (A B A B), each blocked on its standard input while the other one runs, and the clock of this
+then they step in turns (A B A B), each stopped while the other one runs, and the clock of this
 script, from "go" to the answer of the last rank, is the step time of both. TRL runs as one process with two threads
 and as two processes with one thread: the faster of the two in the warm-up gives the figures.
 
@@ -126,7 +126,7 @@ def cpu_seconds(session: int) -> float:
 
 
 class Side:
-    """The ranks of one competitor, each blocked on its standard input between turns."""
+    """The ranks of one competitor, stopped (SIGSTOP) between their turns."""
 
     def __init__(self, name: str, command: list[str], processes: int, threads: int, env: dict[str, str], log: Path):
         self.name, self.log, self.turns = name, log, []
@@ -163,16 +163,25 @@ class Side:
 
     def wait_ready(self) -> None:
         self._answers()
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank in self.ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, number)
 
     def turn(self) -> dict:
+        self._signal(signal.SIGCONT)
         start = time.perf_counter()
         with suppress(BrokenPipeError):  # the missing answer then says it
             for rank in self.ranks:
                 rank.stdin.write("go\n")
                 rank.stdin.flush()
         answers = self._answers()
+        seconds = time.perf_counter() - start
+        self._signal(signal.SIGSTOP)  # also the threads of its process groups, which poll
         phases = {key: statistics.mean(a["phases"][key] for a in answers) for key in answers[0]["phases"]}
-        return {"seconds": time.perf_counter() - start, "tokens": sum(a["tokens"] for a in answers), "phases": phases}
+        return {"seconds": seconds, "tokens": sum(a["tokens"] for a in answers), "phases": phases}
 
     def cpu_seconds(self) -> float:
         return sum(cpu_seconds(rank.pid) for rank in self.ranks)
@@ -181,6 +190,7 @@ class Side:
         return statistics.median(turn["seconds"] for turn in self.turns)
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         for rank in self.ranks:
             with suppress(BrokenPipeError):
                 rank.stdin.close()
@@ -188,8 +198,8 @@ class Side:
         for rank in self.ranks:
             with suppress(subprocess.TimeoutExpired):
                 rank.wait(max(0.1, deadline - time.monotonic()))
-            with suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)  # also what the rank itself left behind
+        self._signal(signal.SIGKILL)  # also what the ranks left behind
+        for rank in self.ranks:
             rank.wait()
 
 
