@@ -16,13 +16,23 @@ from megarl.errors import BadInput
 
 @dataclass(frozen=True)
 class RunDir:
-    """`RUN_DIR/<part>`, and what `prepare_run_dir` had to make for it (outermost first)."""
+    """`RUN_DIR/<part>`, what `prepare_run_dir` had to make for it (outermost first) and the config it replaced."""
 
     path: Path
     created: tuple[Path, ...]
+    replaced: bytes | None = None
 
     def discard(self) -> None:
-        """Remove what was made: the job turned out not to be able to start, and must leave nothing half-written."""
+        """Undo what was made: the job turned out not to be able to start, and must leave nothing half-written.
+
+        Once there are results (metrics or a checkpoint) everything stays: an input can turn out bad in the middle.
+        """
+        results = (*self.path.glob("*.jsonl"), *self.path.glob("checkpoints/step_*"))
+        if self.path in self.created and any(file.stat().st_size for file in results):
+            return
+        if self.replaced is not None:
+            with suppress(OSError):
+                _write(self.path.parent / "config.yaml", self.replaced)
         for path in self.created:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -40,6 +50,7 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
     root = Path(config.run_dir)
     path = root / part
     missing: list[Path] = []
+    replaced: bytes | None = None
     try:
         if part in ("sft", "rl") and config.resume == "never" and path.is_dir() and any(path.iterdir()):
             raise BadInput(
@@ -48,20 +59,22 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
             )
         chain = (*reversed(root.parents), root, path, path / "logs", root / "config.yaml")
         missing = [p for p in chain if not p.exists()]
+        if (root / "config.yaml").exists():
+            replaced = (root / "config.yaml").read_bytes()
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        _write(root / "config.yaml", dump_config(config))
+        _write(root / "config.yaml", dump_config(config).encode())
     except OSError as e:
-        RunDir(path, tuple(missing)).discard()
+        RunDir(path, tuple(missing), replaced).discard()
         raise BadInput(
             f"run_dir = {config.run_dir!r}: cannot be written ({e.strerror}: {e.filename}); set another run_dir"
         ) from None
-    return RunDir(path, tuple(missing))
+    return RunDir(path, tuple(missing), replaced)
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, content: bytes) -> None:
     """Replace `file` in one step."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=".config-")
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        out.write(text)
+    with os.fdopen(handle, "wb") as out:
+        out.write(content)
     os.chmod(name, 0o644)
     os.replace(name, file)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from megarl import platform
+from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rank, not in a child process
@@ -45,8 +47,20 @@ def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict
             "enforce_eager": True,  # no graphs to capture, and compiling costs minutes
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),  # otherwise a share of all memory, touched at start
             "async_scheduling": False,  # overlaps the host with a device; here both are one thread
+            "block_size": 32,  # the smallest: of the default 128 a prompt seldom fills one, so samples would share nothing
         }
     return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+
+
+def seeded(params: Any, seed: int) -> Any:
+    """A shallow copy of vllm.SamplingParams that samples with `seed`."""
+    params = copy.copy(params)
+    if platform.name() == "cpu":
+        params.extra_args = {"seed": seed}
+    else:
+        params.seed = seed
+        vars(params).pop("sampling_type", None)  # cached from before there was a seed
+    return params
 
 
 def can_sleep() -> bool:
@@ -59,9 +73,14 @@ def install() -> None:
     if platform.name() == "cpu":
         import torch._dynamo.config
 
-        torch._dynamo.config.disable = (
-            True  # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported: maybe long ago
-        )
+        # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported, which may be long ago
+        torch._dynamo.config.disable = True
+
+
+def after_start(runner: Any) -> None:
+    """Settle what needs the engine's model runner."""
+    if platform.name() == "cpu":
+        runner.sampler.topk_topp_sampler.forward = SeededSampler(runner)
 
 
 @contextlib.contextmanager
@@ -99,6 +118,9 @@ def reloading(model: torch.nn.Module) -> Iterator[None]:
 
     On a reload vLLM skips the re-pack of CPU expert weights because the kernel is already there: every expert keeps the
     weights of the last sync, without an error. A layer whose experts were not reloaded gets its kernel back.
+
+    Pack a tied output layer again, too: it is given no weights of its own, so a reload that changes the embedding leaves
+    the output layer's packed copy as it was.
     """
     methods = [getattr(module, "quant_method", None) for module in model.modules()] if platform.name() == "cpu" else []
     kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
@@ -110,3 +132,13 @@ def reloading(model: torch.nn.Module) -> Iterator[None]:
         for method, kernel in kernels:
             if method.moe_kernel is None:
                 method.moe_kernel = kernel
+        if platform.name() == "cpu":
+            _pack_tied_output(model)
+
+
+def _pack_tied_output(model: torch.nn.Module) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for head in [module for module in model.modules() if isinstance(module, ParallelLMHead)]:
+        if any(other is not head and getattr(other, "weight", None) is head.weight for other in model.modules()):
+            head.quant_method.process_weights_after_loading(head)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = {  # Hugging Face projection -> vLLM's merged layer, and which part of it
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 1),
@@ -63,16 +64,20 @@ def compare_weights(model: nn.Module, vllm_config: Any, stream: Iterable[tuple[s
     """One `WeightGap` per layer and tensor family, in the order of the stream.
 
     `stream` yields the learner's (Hugging Face name, full tensor), a layer's tensors one after another. Collective over
-    the engine's ranks. Extra memory: about one layer.
+    the engine's ranks. Extra memory: about one layer and the embedding.
     """
     from vllm.forward_context import set_forward_context
 
-    gaps = []
+    gaps, embedding, has_output = [], None, False
     with set_forward_context(None, vllm_config):
         for block in _blocks(stream):
+            embedding = block.get(EMBEDDING, embedding)
+            has_output = has_output or OUTPUT in block
             experts = {name: tensor for name, tensor in block.items() if EXPERT.match(name)}
             gaps += [_compare(model, name, tensor) for name, tensor in block.items() if name not in experts]
             gaps += _compare_experts(model, experts) if experts else []
+        if embedding is not None and not has_output:  # tied: the engine may hold a packed copy
+            gaps.append(_compare(model, OUTPUT, embedding))
     return gaps
 
 
@@ -96,7 +101,7 @@ def _compare(model: nn.Module, name: str, expected: Tensor) -> WeightGap:
 
 def _read(model: nn.Module, path: str, expected: Tensor) -> Tensor | None:
     """The full weight at a Hugging Face path; none on ranks of an engine that are not given the output layer's result."""
-    if path == "lm_head":
+    if path == OUTPUT.removesuffix(".weight"):
         logits = model.compute_logits(_identity(expected))
         return None if logits is None else logits.T
     parent, _, leaf = path.rpartition(".")

@@ -57,7 +57,9 @@ class SyncPlan:
         """The plan of a model in `dtype`, read off its family's conversion table."""
         size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
         entries = [
-            SyncEntry(name, shape, dtype, rule.megatron, layer_of(name), family_of(name), rule.group, math.prod(shape) * size)
+            SyncEntry(
+                name, shape, dtype, rule.megatron, layer_of(name), family_of(name), rule.group, math.prod(shape) * size
+            )
             for block in family(spec.family).blocks(spec)
             for rule in block
             if rule.exported
@@ -87,7 +89,9 @@ class SyncPlan:
                 raise RunFailed(f"weight sync: the learner sent {name} where the plan has {_describe(entry)}")
             found = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             if found != (entry.shape, entry.dtype):
-                raise RunFailed(f"weight sync: {_describe(entry)} came as {found}, the plan has {(entry.shape, entry.dtype)}")
+                raise RunFailed(
+                    f"weight sync: {_describe(entry)} came as {found}, the plan has {(entry.shape, entry.dtype)}"
+                )
             yield name, tensor
         missing = next(expected, None)
         if missing is not None:
@@ -106,6 +110,7 @@ class SyncGap:
 
     mean: float
     max: float
+    median: float = 0.0
 
 
 def sync_weights(
@@ -134,14 +139,14 @@ def default_threshold(dtype: str) -> float:
 def measure_gap(
     engine: VLLMEngine, probes: list[list[int]], learner_log_probs: list[np.ndarray], mesh: Mesh
 ) -> SyncGap:
-    """Mean and max |learner - engine| over the probes' tokens but the first; the worst rank's. Collective.
+    """|learner - engine| over the probes' tokens but the first, each number that of the worst rank. Collective.
 
     `learner_log_probs` are the learner's at temperature 1, one array of len(probe) each, entry 0 ignored.
     """
     scored = engine.score(probes)
     gaps = np.concatenate([np.abs(a[1:] - b[1:]) for a, b in zip(learner_log_probs, scored, strict=True)])
-    means, maxima = zip(*mesh.all_gather_object((float(gaps.mean()), float(gaps.max()))))
-    return SyncGap(float(np.max(means)), float(np.max(maxima)))
+    ranks = mesh.all_gather_object((gaps.mean(), gaps.max(), np.median(gaps)))
+    return SyncGap(*(float(np.max(column)) for column in zip(*ranks, strict=True)))
 
 
 def check_sync(
@@ -156,11 +161,16 @@ def check_sync(
 
     `stream()` yields the learner's weights again (`lambda: stream_hf(chunks, spec, mesh)`); it is used only when the
     mean gap is above `threshold`, to find what differs. Raises RunFailed, on every rank with the same text.
+
+    A mean above the threshold is accepted when every weight is equal and the median is below: then a few tokens sat on
+    a tie between two experts, which rounding broke differently in the two engines.
     """
     gap = measure_gap(engine, probes, learner_log_probs, mesh)
     if gap.mean <= threshold:  # a nan is not
         return gap
     differing = [item for item in compare_with_learner(engine, mesh, stream()) if item.differs]
+    if not differing and gap.median <= threshold:
+        return gap
     raise RunFailed(
         f"weight sync: learner and engine log-probs differ by {gap.mean:.1e} on average (max {gap.max:.1e}, threshold "
         f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}"

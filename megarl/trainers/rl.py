@@ -35,7 +35,7 @@ from megarl.trainers.common import (
 )
 from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
-from megarl.trainers.rollout_files import read_groups, rollout_file, write_groups
+from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
 
@@ -44,6 +44,8 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
     reason = algorithms.check(cfg.rl.algorithm)
     if reason:
         raise BadInput(f"rl.algorithm: {reason}")
+    if from_rollouts is not None:
+        check_files(from_rollouts, cfg.rl.steps)
     with RewardRunner(cfg.reward) as rewards:  # its processes start before vLLM's and gloo's threads exist
         trainer = RLTrainer(cfg, Mesh.build(cfg.parallel), rewards, from_rollouts)
         try:
@@ -244,7 +246,8 @@ class RLTrainer:
         }
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated
-        reduced["throughput/rollout_tokens_per_second"] = generated / seconds["generate"]
+        if self.from_rollouts is None:
+            reduced["throughput/rollout_tokens_per_second"] = generated / seconds["generate"]
         reduced["throughput/learner_tokens_per_second"] = batch.tokens.numel() / (
             seconds["old_log_probs"] + seconds["update"]
         )

@@ -16,6 +16,16 @@ def rollout_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.jsonl"
 
 
+def check_files(folder: Path, steps: int) -> None:
+    """Raises BadInput unless there is a file for each of the steps."""
+    for step in range(1, steps + 1):
+        if not rollout_file(folder, step).is_file():
+            raise BadInput(
+                f"{rollout_file(folder, step)}: no such file; --from-rollouts needs one for each of the {steps} steps "
+                f"(log.rollouts_every: 1 writes them); set rl.steps to {step - 1 or 'what the folder has'}"
+            )
+
+
 def write_groups(path: Path, groups: list[PromptGroup]) -> None:
     """Write every trajectory of the groups; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
+from megarl.platform.vllm_sampler import uniforms
+from megarl.rollout.engine import sample_seed
 from tests.dist.harness import run_ranks
 from tests.dist.vllm_cases import make_checkpoint
 
@@ -42,7 +46,32 @@ def test_nothing_is_compiled_although_vllm_would(facts):
     assert facts["dynamo_disabled"] and facts["dynamo_frames"] == 0
 
 
-@pytest.mark.parametrize("name", ["random", "numpy", "torch", "set_threads", "stream", "LOCAL_WORLD_SIZE", "LD_PRELOAD"])
+def test_vllm_rewinds_generators_and_a_cpus_cannot(facts):
+    """Why requests carry no torch generator on a CPU: a prompt prefilled in two parts would end the run."""
+    assert facts["rewinds"]
+    with pytest.raises(RuntimeError):
+        torch.Generator().get_offset()
+
+
+def test_uniforms_are_splitmix64():
+    """First outputs of the reference implementation for seed 1234567 (prng.di.unimi.it, splitmix64.c)."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = uniforms(np.full(4, 1234567, np.uint64), np.arange(4))
+    assert found.tolist() == [(value >> 11) * 2.0**-53 for value in expected]
+
+
+def test_uniforms_of_different_seeds_are_uniform_and_unrelated():
+    seeds = np.array([sample_seed(1, "p", i, 0) for i in range(4000)], np.uint64)
+    first, second = uniforms(seeds, np.zeros(4000, np.int64)), uniforms(seeds, np.ones(4000, np.int64))
+    counts = np.histogram(first, bins=20, range=(0, 1))[0]
+    assert ((counts - 200) ** 2 / 200).sum() < 50  # chi-square, 19 degrees of freedom
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize(
+    "name", ["random", "numpy", "torch", "set_threads", "stream", "LOCAL_WORLD_SIZE", "LD_PRELOAD"]
+)
 def test_starting_puts_back_what_vllm_changes(facts, name):
     assert facts["inside"][name] != facts["before"][name]
     assert facts["after"][name] == facts["before"][name]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 ANSWER_FD = "VS_TRL_ANSWER_FD"
+PR_SET_PDEATHSIG = 1
 
 
 class Turns:
     """One rank's end of the protocol: a line of stdin starts a step, a line of JSON on a pipe of its own answers it."""
 
     def __init__(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would never see the end of file
         self._answers = os.fdopen(int(os.environ[ANSWER_FD]), "w", buffering=1)
 
     def say(self, **message: Any) -> None:

@@ -4,9 +4,9 @@
 
 Same random Qwen3-MoE, prompts, sampling, reward, loss (GSPO), optimizer and learning rate; 128 samples of up to 64 new
 tokens in groups of 8, one optimizer step per rollout, float32, two cores. Both sides are started and warmed up first;
-then they step in turns (A B A B), each stopped while the other one runs, and the clock of this
-script, from "go" to the answer of the last rank, is the step time of both. TRL runs as one process with two threads
-and as two processes with one thread: the faster of the two in the warm-up gives the figures.
+then they step in turns (A B A B), each stopped while the other one runs, and the clock of this script, from "go" to
+the answer of the last rank, is the step time of both. TRL runs as one process with two threads and as two processes
+with one thread: the faster of the two in the warm-up gives the figures.
 
 `--sweep` compares settings of TRL alone, in turns too: where `TRL_FASTEST` comes from.
 """
@@ -38,6 +38,7 @@ REQUIREMENTS = HERE / "requirements-trl.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MODELS = ("1m", "20m")
 CORES = 2
+BUSY_CORES = 0.2
 
 COMMON = {"samples": 128, "group": 8, "max_tokens": 64, "lr": 1e-5, "seed": 1}
 CLIP, BETA2, CLIP_GRAD = (3e-4, 4e-4), 0.95, 1.0
@@ -189,6 +190,9 @@ class Side:
     def median(self) -> float:
         return statistics.median(turn["seconds"] for turn in self.turns)
 
+    def mean(self, key: str) -> float:
+        return statistics.mean(turn[key] for turn in self.turns)
+
     def close(self) -> None:
         self._signal(signal.SIGCONT)
         for rank in self.ranks:
@@ -259,41 +263,52 @@ def megarl_side(model: Path, ep: int) -> Side:
     return Side(f"megarl, 2 ranks, ep={ep}", command, CORES, 1, env, WORK / f"{model.name}-megarl.log")
 
 
+def busy_seconds() -> float:
+    """CPU time used so far on this machine, by anything."""
+    user, nice, system, _idle, _iowait, *interrupts = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    return sum(map(int, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
+
+
 def take_turns(sides: list[Side], rounds: int, keep: bool = True) -> None:
     for _ in range(rounds):
         for side in sides:
-            others = [other for other in sides if other is not side]
-            own, idle = side.cpu_seconds(), sum(map(Side.cpu_seconds, others))
+            own, all_of_it = side.cpu_seconds(), busy_seconds()
             turn = side.turn()
             turn["cpu"] = side.cpu_seconds() - own
-            turn["idle_cpu"] = (sum(map(Side.cpu_seconds, others)) - idle) / turn["seconds"]
+            turn["others"] = max(0.0, busy_seconds() - all_of_it - turn["cpu"]) / turn["seconds"]
             if keep:
                 side.turns.append(turn)
 
 
 def describe(side: Side) -> str:
     times = [turn["seconds"] for turn in side.turns]
-    tokens = statistics.mean(turn["tokens"] for turn in side.turns)
     phases = {k: statistics.median(turn["phases"][k] for turn in side.turns) for k in side.turns[0]["phases"]}
-    cpu = statistics.median(turn["cpu"] for turn in side.turns)
-    idle = 100 * statistics.mean(turn["idle_cpu"] for turn in side.turns)
-    split = "  ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
     return (
         f"{side.name}: median {side.median():.2f} s a step ({min(times):.2f} to {max(times):.2f}, {len(times)} steps), "
-        f"{tokens:.0f} tokens a step\n"
-        f"  {split}\n  {cpu:.2f} s of CPU time a step; meanwhile the waiting side used {idle:.1f} % of a core"
+        f"{side.mean('tokens'):.0f} tokens a step\n"
+        f"  {'  '.join(f'{name} {seconds:.2f}' for name, seconds in phases.items())}   (s, median; mean of the ranks)\n"
+        f"  {side.mean('cpu'):.2f} s of CPU time a step; other processes used {side.mean('others'):.2f} cores"
     )
 
 
-def compare(size: str, rounds: int, warm_up: int, python: Path, ep: int) -> None:
+def print_ratio(title: str, a: Side, b: Side) -> None:
+    """Step time of `a` over that of `b`: the median over the rounds is the last line."""
+    ratios = [x["seconds"] / y["seconds"] for x, y in zip(a.turns, b.turns, strict=True)]
+    print(f"rounds {min(ratios):.2f} to {max(ratios):.2f}; CPU time {a.mean('cpu') / b.mean('cpu'):.2f}")
+    if max(a.mean("others"), b.mean("others")) > BUSY_CORES:
+        print("warning: the machine was busy with other work, do not believe the step times")
+    print(f"ratio {title}: {statistics.median(ratios):.2f}", flush=True)
+
+
+def compare(size: str, rounds: int, warm_up: int, python: Path, ep: int, processes: tuple[int, ...]) -> None:
     model = ensure_model(size, python)
     parameters = json.loads((model / "parameters.json").read_text())["parameters"]
     print(f"\n{size}: {parameters:,} parameters, {COMMON['samples']} samples of up to {COMMON['max_tokens']} tokens")
     fastest = TRL_FASTEST[size]
-    trl = [
-        trl_side("TRL, 2 processes x 1 thread", model, python, fastest),
-        trl_side("TRL, 1 process x 2 threads", model, python, {**fastest, "processes": 1, "threads": 2}),
-    ]
+    trl = []
+    for n in processes:
+        layout = {"processes": n, "threads": CORES // n}
+        trl.append(trl_side(f"TRL, processes x threads = {n} x {CORES // n}", model, python, {**fastest, **layout}))
     with started([megarl_side(model, ep), *trl]) as sides:
         take_turns(sides, 1, keep=False)
         take_turns(sides, warm_up)
@@ -305,9 +320,7 @@ def compare(size: str, rounds: int, warm_up: int, python: Path, ep: int) -> None
         take_turns(contestants, rounds)
     for side in contestants:
         print(describe(side))
-    ratios = [a["seconds"] / b["seconds"] for a, b in zip(contestants[0].turns, chosen.turns, strict=True)]
-    print(f"per-round ratios {min(ratios):.2f} to {max(ratios):.2f}")
-    print(f"ratio megarl/TRL {size}: {statistics.median(ratios):.2f}", flush=True)
+    print_ratio(f"megarl/TRL {size}", *contestants)
 
 
 def sweep(size: str, rounds: int, python: Path, names: list[str]) -> None:
@@ -320,9 +333,8 @@ def sweep(size: str, rounds: int, python: Path, names: list[str]) -> None:
             with started(pair):
                 take_turns(pair, 1, keep=False)
                 take_turns(pair, rounds)
-            rounds_of_both = zip(*(side.turns for side in pair), strict=True)
-            ratio = statistics.median(changed["seconds"] / base["seconds"] for base, changed in rounds_of_both)
-            print(f"{size} {name}: {ratio:.2f} of base\n" + "\n".join(map(describe, pair)), flush=True)
+            print("\n".join(map(describe, pair)))
+            print_ratio(f"{name}/base {size}", pair[1], pair[0])
         except BenchFailed as error:
             print(f"{size} {name}: {error}", flush=True)
 
@@ -341,16 +353,23 @@ def main() -> int:
     parser.add_argument(
         "--ep", type=int, choices=(1, 2), default=1, help="expert parallel degree of megarl (default 1)"
     )
+    parser.add_argument(
+        "--trl-processes",
+        choices=("1", "2", "both"),
+        default="both",
+        help="of TRL: 1 (two threads), 2 (one thread each), or the faster of both (default); 1 needs an idle machine",
+    )
     parser.add_argument("--sweep", nargs="*", choices=[*SWEEP], metavar="SETTING", help="compare settings of TRL alone")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both close the sides
+    processes = (2, 1) if arguments.trl_processes == "both" else (int(arguments.trl_processes),)
     try:
         python = ensure_venv()
         for size in MODELS if arguments.model == "all" else [arguments.model]:
             if arguments.sweep is not None:
                 sweep(size, arguments.rounds, python, arguments.sweep or [*SWEEP])
             else:
-                compare(size, arguments.rounds, arguments.warm_up, python, arguments.ep)
+                compare(size, arguments.rounds, arguments.warm_up, python, arguments.ep, processes)
     except BenchFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,98 @@
+"""Run in a fresh interpreter by `test_platform.py`: install the seam without one of its patches, then use Megatron."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def use_megatron() -> None:
+    """One optimizer step of a small MoE, random numbers per parallel group, and a checkpoint out and in."""
+    from megarl.checkpoint import Checkpointer
+    from megarl.config.schema import Config, Model, Optimizer
+    from megarl.data.packing import pack
+    from megarl.learner.policy import Policy
+    from megarl.models.spec import ModelSpec
+    from megarl.parallel import Mesh
+    from megarl.types import Batch
+
+    spec = ModelSpec("qwen3_moe", 2, 32, 4, 2, 8, 64, 64, 64, 1e4, 1e-6, False, True, 4, 2, 16, True, (0, 1))
+    cfg = Config(model=Model(path="unused"))
+    mesh = Mesh.build(cfg.parallel)
+    policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3))
+    with torch.no_grad():
+        for p in policy.modules[0].parameters():
+            p.normal_(std=0.05)
+    policy.optimizer.reload_model_params()
+    batch = Batch(torch.arange(12) + 3, torch.tensor([5, 7]), torch.ones(12), token_weights=torch.ones(12) / 12)
+    result = policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {}))
+    assert result.applied and result.grad_norm > 0
+    _check_random_numbers()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpointer = Checkpointer(Path(folder), mesh, keep=1)
+        checkpointer.register("policy", policy)
+        checkpointer.save(1)
+        saved = [p.clone() for p in policy.modules[0].parameters()]
+        policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {}))
+        checkpointer.load_latest()
+        assert all(torch.equal(a, b) for a, b in zip(saved, policy.modules[0].parameters()))
+
+
+def _check_random_numbers() -> None:
+    """Megatron keeps a generator state per parallel group: different, repeatable, and apart from the default one."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    drawn = []
+    for _ in range(2):
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        tracker, outside = get_cuda_rng_tracker(), torch.get_rng_state()
+        for name in ("model-parallel-rng", "expert-parallel-rng", "model-parallel-rng"):
+            with tracker.fork(name):
+                drawn.append(torch.rand(1).item())
+        assert torch.equal(outside, torch.get_rng_state())
+    assert drawn[:3] == drawn[3:] and len(set(drawn)) == 3, drawn
+
+
+def leave_out(name: str) -> None:
+    """Take the patch `name` out of the seam before it is installed."""
+    from megarl.platform import cpu, megatron_patches
+
+    kept = torch.Tensor.cuda
+    installers = {
+        "factories": lambda: cpu.FACTORIES.clear(),
+        "device constructors": lambda: setattr(torch.utils._device, "_device_constructors", lambda: None),
+        "Tensor.type": lambda: setattr(cpu, "_patch_tensor_type", lambda: None),
+        "Tensor.cuda": lambda: _after(cpu, lambda: setattr(torch.Tensor, "cuda", kept)),
+        "te_general_gemm": lambda: _after(megatron_patches, _forget_te_general_gemm),
+        "writers": lambda: setattr(megatron_patches, "_write_in_this_process", _refuse),
+        "keep step": lambda: setattr(megatron_patches, "_keep_step", lambda plain: plain),
+        "nothing": lambda: None,
+    }
+    if name in installers:
+        installers[name]()
+    else:
+        del cpu.CUDA_ANSWERS[name]
+
+
+def _after(module: object, change: object) -> None:
+    plain = module.install
+    module.install = lambda: (plain(), change())
+
+
+def _forget_te_general_gemm() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    del moe_utils.te_general_gemm
+
+
+def _refuse(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("the patched writer is in use")
+
+
+if __name__ == "__main__":
+    leave_out(sys.argv[1])
+    use_megatron()
+    print("worked")

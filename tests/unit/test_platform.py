@@ -1,0 +1,63 @@
+"""Each patch of the seam is needed, and all of them together are enough.
+
+What only shows with several ranks is covered elsewhere: `synchronize` and numpy split sizes by the pp and the tp x ep
+layouts of tests/dist/test_learner.py, vLLM's by test_vllm_patches.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = {  # patch -> what is seen without it
+    "factories": "Torch not compiled with CUDA enabled",
+    "current_device": "Torch not compiled with CUDA enabled",
+    "current_stream": "Torch not compiled with CUDA enabled",
+    "Stream": "torch.cuda.Stream requires CUDA support",
+    "random.get_rng_state": "Torch not compiled with CUDA enabled",
+    "get_rng_state": "Torch not compiled with CUDA enabled",
+    "manual_seed": "AssertionError",
+    "default_generators": "TypeError",
+    "_lazy_call": "AssertionError",
+    "Tensor.type": "Wrapped parameters must be one of torch.cuda.FloatTensor",
+    "Tensor.cuda": "Torch not compiled with CUDA enabled",
+    "te_general_gemm": "te_general_gemm",
+    "keep step": "KeyError: 'step'",
+    "writers": "the patched writer is in use",
+}
+
+
+def program(patch: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.unit.platform_program", patch],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Every variant once, two at a time: nearly all of it is importing."""
+    with ThreadPoolExecutor(2) as pool:
+        names = ["nothing", *NEEDED]
+        return dict(zip(names, pool.map(program, names)))
+
+
+def test_with_every_patch_it_works(outcomes):
+    assert outcomes["nothing"].stdout.endswith("worked\n"), outcomes["nothing"].stderr[-2000:]
+
+
+@pytest.mark.parametrize("patch", NEEDED)
+def test_without_this_patch_it_does_not(outcomes, patch):
+    outcome = outcomes[patch]
+    assert outcome.returncode != 0, f"{patch} is no longer needed: remove it"
+    assert NEEDED[patch] in outcome.stderr
