@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -59,6 +60,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a failed rank must not wait for the others in an exit handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C while Python shuts down would replace the exit code
     sys.exit(code)
 
 

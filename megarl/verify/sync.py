@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from megarl import launcher
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
 from megarl.data.packing import micro_batches
@@ -80,11 +81,15 @@ def verify_sync(cfg: Config) -> int:
     report = sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy_version=0)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     weights = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
-    if mesh.is_main:
-        print("\n".join(render(plan, report, gap, threshold, weights)), flush=True)
+    stream = launcher.terminal()
+    if mesh.is_main and stream is not None:
+        print("\n".join(render(plan, report, gap, threshold, weights)), file=stream, flush=True)
     differing = [item for item in weights if item.differs]
     if differing or not gap.median <= threshold:
-        raise RunFailed(f"verify sync: learner and engine disagree: {explain(differing)}")
+        raise RunFailed(
+            f"verify sync: learner and engine log-probs differ by {gap.mean:.1e} on average (threshold {threshold:.0e}): "
+            f"{explain(differing)}"
+        )
     return 0
 
 

@@ -140,6 +140,10 @@ class Job:
             assert time.monotonic() < deadline, f"nothing happened in {timeout} s"
             time.sleep(0.01)
 
+    def wait_for_line(self, text: str) -> None:
+        """Until a line of the output holds `text`; `end` then returns what comes after."""
+        assert any(text in line for line in self.process.stdout), f"ended without {text!r}: {self.end()}"
+
     def rank(self, number: int) -> int:
         """The process id of a rank."""
         for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():

@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, CompileConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import ProfilingContext
 from turns import Turns, distinct_characters
@@ -61,13 +61,6 @@ class TakeTurns(TrainerCallback):
         self.start = time.perf_counter()
 
 
-def compile_everywhere() -> CompileConfig:
-    """transformers compiles decoding with a static cache on accelerators only, unless told otherwise."""
-    config = CompileConfig(mode="default", fullgraph=False)
-    config._compile_all_devices = True
-    return config
-
-
 def main(settings: dict) -> None:
     torch.set_num_threads(settings["threads"])
     micro_batch, world = settings["micro_batch"], settings["processes"]
@@ -98,7 +91,6 @@ def main(settings: dict) -> None:
         cache_implementation=settings["cache"],
         use_transformers_continuous_batching=bool(settings["continuous"]),
         transformers_continuous_batching_config=settings["continuous"],
-        generation_kwargs={"compile_config": compile_everywhere()} if settings["compile_decode"] else None,
         # GSPO, as on the other side; no reference model, no auxiliary loss
         importance_sampling_level="sequence",
         loss_type="grpo",

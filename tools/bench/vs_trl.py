@@ -43,7 +43,7 @@ BUSY_CORES = 0.2
 COMMON = {"samples": 128, "group": 8, "max_tokens": 64, "lr": 1e-5, "seed": 1}
 CLIP, BETA2, CLIP_GRAD = (3e-4, 4e-4), 0.95, 1.0
 DEFAULT = {"processes": 2, "threads": 1, "micro_batch": 64, "experts": "grouped_mm", "cache": None}
-DEFAULT |= {"continuous": None, "compile": False, "compile_decode": False, "env": {}}
+DEFAULT |= {"continuous": None, "compile": False, "env": {}}
 # by default transformers takes most of the free memory for its cache, on every rank
 SMALL_CACHE = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 512, "allow_block_sharing": False}
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -56,9 +56,7 @@ SWEEP = {
     "1 process, 2 threads, micro-batch 128": {"processes": 1, "threads": 2, "micro_batch": 128},
     "1 process, 2 threads, micro-batch 32": {"processes": 1, "threads": 2, "micro_batch": 32},
     "static cache": {"cache": "static"},
-    "static cache, compiled decoding": {"cache": "static", "compile_decode": True},
     "continuous batching": {"continuous": SMALL_CACHE},
-    "batched experts": {"experts": "batched_mm"},
     "looped experts": {"experts": "eager"},
     "torch.compile": {"compile": True},
     "malloc that keeps memory": {"env": KEEP_MEMORY},

@@ -1,0 +1,156 @@
+"""What each rank runs for test_convert_layouts.py and, alone, for tests/unit/test_convert.py."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megarl import platform
+from megarl.config.schema import Model, Parallel
+from megarl.parallel import Mesh
+
+TOKENS = 24
+
+
+def build(path: str, **degrees):
+    """(chunks with the checkpoint loaded, spec, mesh)."""
+    platform.setup()
+    from megarl.convert import load_hf, read_spec
+    from megarl.models.build import build_model
+
+    spec = read_spec(path)
+    mesh = Mesh.build(Parallel(**degrees))
+    chunks = build_model(spec, Model(path=path), mesh)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, float("nan"))  # what load_hf leaves out is seen
+    load_hf(path, chunks, spec, mesh)
+    return chunks, spec, mesh
+
+
+def tokens(vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(chunks, spec, mesh) -> Tensor:
+    """[TOKENS, V] of the fixed token row, on a layout without pipeline stages."""
+    from megarl.models.packing_params import PackedRow
+
+    positions = torch.arange(TOKENS)
+    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.head_dim, spec.rope_theta)
+    chunks[0].eval()
+    local = chunks[0](tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
+    local = local.reshape(TOKENS, -1).contiguous()
+    parts = [torch.empty_like(local) for _ in range(mesh.tp)]
+    dist.all_gather(parts, local, group=mesh.tp_group)
+    return torch.cat(parts, dim=-1)[:, : spec.vocab_size]
+
+
+def round_trip(path: str, out: str, degrees: dict, expected_logits: str | None = None) -> dict:
+    """Loads, streams on every rank, exports from rank 0, and says how far each result is from the file."""
+    from megarl.convert import save_hf, stream_hf
+
+    chunks, spec, mesh = build(path, **degrees)
+    gap = None
+    if expected_logits is not None:
+        gap = (logits(chunks, spec, mesh) - load_file(expected_logits)["logits"]).abs().max().item()
+    save_hf(out, chunks, spec, mesh, extra_from=path)
+    reference = load_file(Path(path) / "model.safetensors")
+    streamed = {name: tensor.clone() for name, tensor in stream_hf(chunks, spec, mesh)}
+    exported = load_file(Path(out) / "model.safetensors")
+    padding = [
+        tensor[max(0, spec.vocab_size - mesh.tp_rank * tensor.shape[0]) :].abs().sum().item()
+        for chunk in chunks
+        for name, tensor in chunk.named_parameters()
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    ]
+    return {
+        "streamed_equal": same(streamed, reference),
+        "exported_equal": same(exported, reference),
+        "padding": padding,
+        "logits_gap": gap,
+    }
+
+
+def names(path: str, degrees: dict) -> list[str]:
+    """The order in which this rank sees the tensors."""
+    from megarl.convert import stream_hf
+
+    return [name for name, _ in stream_hf(*build(path, **degrees))]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
+def run_all(steps: list[tuple[str, dict]]) -> list:
+    """The result of each named case of this module in turn, every one on its own layout."""
+    out = []
+    for name, arguments in steps:
+        out.append(globals()[name](**arguments))
+        from megatron.core import parallel_state
+
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+    return out
+
+
+def there_and_back(path: str, folder: str, there: dict, back: dict) -> bool:
+    """Hugging Face -> Megatron on one layout -> Hugging Face on another: are the weights the same bits?"""
+    platform.setup()
+    from megatron.core import parallel_state
+
+    from megarl.learner.convert_checkpoint import convert_checkpoint
+
+    convert_checkpoint(path, f"{folder}/megatron", "megatron", Parallel(**there))
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    convert_checkpoint(f"{folder}/megatron", f"{folder}/hf", "hf", Parallel(**back))
+    dist.barrier()
+    return same(load_file(f"{folder}/hf/model.safetensors"), load_file(f"{path}/model.safetensors"))
+
+
+def export_into(path: str, out: str, degrees: dict) -> list[str]:
+    """The error of an export on this rank, as (type, message)."""
+    from megarl.convert import save_hf
+
+    chunks, spec, mesh = build(path, **degrees)
+    try:
+        save_hf(out, chunks, spec, mesh)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def time_stream(path: str, degrees: dict, repeats: int = 5) -> dict:
+    """Median seconds to stream the whole model and touch every tensor, and the growth of peak memory in MiB."""
+    from megarl.convert import stream_hf
+
+    chunks, spec, mesh = build(path, **degrees)
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        count = sum(tensor.numel() for _, tensor in stream_hf(chunks, spec, mesh))
+        seconds.append(time.perf_counter() - start)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"seconds": sorted(seconds)[repeats // 2], "parameters": count, "growth_mib": growth}
+
+
+def fail_on_rank_1(folder: str) -> None:
+    """Rank 1 fails at once; rank 0 would wait for a minute."""
+    rank = os.environ["RANK"]
+    (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
+    if rank == "1":
+        while not (Path(folder) / "pid-0").exists():
+            time.sleep(0.01)
+        raise RuntimeError("bad luck on rank 1")
+    time.sleep(60)

@@ -1,0 +1,69 @@
+"""Any layout, any packing: the same losses, gradients and weights as one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.checkpoints import make
+from tests.dist.harness import run_ranks
+
+CASE = "tests.dist.learner_cases:train"
+LAYOUTS = [
+    (2, dict(), 90),  # data parallel
+    (2, dict(ep=2), 90),
+    (2, dict(tp=2), 400),
+    (2, dict(pp=2), 60),
+    (4, dict(tp=2, ep=4), 90),
+    (4, dict(tp=2, pp=2, ep=2), 60),
+    (2, dict(ep=2, distributed_optimizer=False), 90),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learner")
+    make(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def single(checkpoint):
+    return run_ranks(CASE, 1, checkpoint, {}, 400)[0]
+
+
+@pytest.mark.parametrize("nproc, parallel, budget", LAYOUTS)
+def test_layout_changes_nothing(checkpoint, single, nproc, parallel, budget):
+    ranks = run_ranks(CASE, nproc, checkpoint, parallel, budget)
+    for rank in ranks:
+        for mine, expected in zip(rank, single, strict=True):
+            assert mine == pytest.approx(expected, rel=2e-5)
+
+
+def test_losses_are_those_of_transformers(checkpoint, single):
+    """Independent source: the loss, its gradient norm and Adam's first update by transformers and torch alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.dist.learner_cases import fixed_batch
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    batch, losses = fixed_batch(), []
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
+    )
+    for _ in range(3):
+        adam.zero_grad()
+        total = 0.0
+        for s in range(len(batch)):
+            one = batch.select([s])
+            log_probs = torch.log_softmax(model(one.tokens[None]).logits[0, :-1].float(), -1)
+            chosen = log_probs.gather(1, one.tokens[1:, None])[:, 0]
+            total = total - (one.token_weights[1:] * chosen).sum()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        losses.append([total.item(), norm.item()])
+    for mine, expected in zip(single, losses):
+        assert [mine[0], mine[2]] == pytest.approx(expected, rel=5e-5)

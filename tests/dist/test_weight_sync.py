@@ -1,0 +1,113 @@
+"""A sync makes the engine's log-probs the learner's, in any layout; a broken one stops the run and says what differs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.harness import run_ranks
+from tests.dist.vllm_cases import make_checkpoint
+
+SYNC = "tests.dist.vllm_cases:sync"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_checkpoint(str(tmp_path_factory.mktemp("sync") / "model"))
+
+
+@pytest.fixture(scope="module")
+def ranks(path):
+    return run_ranks(SYNC, 2, path, timeout=300, ep=2)
+
+
+def test_an_engine_without_weights_is_refused(ranks):
+    assert "these tensors differ: embed_tokens, input_layernorm in layers 0, 1, 2, 3" in ranks[0]["unsynced"]
+
+
+def test_a_sync_brings_the_gap_under_the_threshold(ranks):
+    for rank in ranks:
+        assert rank["synced"][0] <= 1e-5
+        assert rank["synced"][1] <= 1e-4
+        assert rank["version"] == 5
+
+
+def test_the_plan_counts_the_bytes_of_the_checkpoint(ranks, path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(f"{path}/model.safetensors").values()
+    assert ranks[0]["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_copies_stay_below_two_layers(ranks):
+    for rank in ranks:
+        assert 0 < rank["peak_copies"] <= 2 * rank["largest_layer"]
+
+
+@pytest.mark.parametrize(
+    "broken, named",
+    [
+        ("swapped", "these tensors differ: experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)"),
+        ("swapped_down", "these tensors differ: experts.down_proj in layer 1 (experts 0, 7)"),
+        ("values", "these tensors differ: self_attn.v_proj in layer 0"),
+    ],
+)
+def test_a_broken_sync_names_the_tensors(ranks, broken, named):
+    for rank in ranks:
+        assert rank[broken].endswith(named)
+        assert "\n" not in rank[broken]
+
+
+def test_a_layer_the_engine_did_not_get_is_named(ranks):
+    text = ranks[0]["layer"]
+    for name in (
+        "self_attn.q_proj in layer 3",
+        "mlp.gate in layer 3",
+        "experts.gate_proj/up_proj/down_proj in layer 3",
+    ):
+        assert name in text
+    assert "layer 2" not in text
+
+
+def test_a_good_sync_after_a_broken_one_mends_it(ranks):
+    assert ranks[0]["mended"] == ranks[0]["synced"]
+
+
+def test_equal_weights_and_a_few_tokens_apart_are_a_routing_tie(ranks):
+    assert ranks[0]["few_tokens"][0] > 1e-2
+
+
+def test_equal_weights_and_most_tokens_apart_are_not(ranks):
+    assert "all weights are equal" in ranks[0]["all_tokens"]
+
+
+def test_weights_of_the_last_step_are_seen(ranks):
+    assert "these tensors differ" in ranks[0]["stale"]
+
+
+def test_a_stream_that_skips_a_layer_is_refused(ranks):
+    for rank in ranks:
+        assert (
+            "where the plan has model.layers.2.input_layernorm.weight (input_layernorm, layer 2)"
+            in rank["short_stream"]
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(tp=2, tensor_parallel=2), dict(pp=2, dtype="bfloat16")],
+    ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
+)
+def test_other_layouts(path, settings):
+    for rank in run_ranks(SYNC, 2, path, timeout=300, **settings):
+        assert rank["synced"][0] <= (5e-2 if settings.get("dtype") == "bfloat16" else 1e-5)
+        assert "experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)" in rank["swapped"]
+
+
+def test_a_tied_output_layer_follows_the_embedding(tmp_path):
+    """And without the patch that packs it again it keeps what it was at the first load: the patch is still needed."""
+    path = make_checkpoint(str(tmp_path / "tied"), "qwen3", tie_embeddings=True)
+    for rank in run_ranks("tests.dist.vllm_cases:sync_twice", 2, path, timeout=300, tp=2):
+        for name in ("first", "second"):
+            assert rank[name]["gap"] <= 1e-5
+            assert rank[name]["differing"] == []
+        assert rank["unpatched"]["differing"] == ["lm_head"]

@@ -1,0 +1,327 @@
+"""What each rank runs for the vLLM tests: an engine on a small checkpoint, and what it did."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from megarl import platform
+from megarl.config.schema import Config, Generate, Model, Parallel, Rollout, Tokenizer
+from megarl.errors import RunFailed
+from megarl.types import Prompt
+
+CONTEXT, VOCAB = 96, 300
+CHANGED = "model.layers.0.self_attn.v_proj.weight"
+SHAPE = dict(hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, moe_intermediate_size=32)
+
+
+def make_checkpoint(path: str, family: str = "qwen3_moe", **changes: Any) -> str:
+    """A small checkpoint with every weight random, norms included, and logits far from uniform."""
+    platform.setup()
+    from megarl.models.generate import generate_checkpoint
+
+    generate_checkpoint(
+        path,
+        Generate(
+            family=family, context=CONTEXT, init_std=0.15, tokenizer=Tokenizer(vocab_size=VOCAB), **SHAPE, **changes
+        ),
+    )
+    file = Path(path) / "model.safetensors"
+    weights, generator = load_file(file), torch.Generator().manual_seed(1)
+    for tensor in weights.values():
+        if tensor.dim() == 1:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    save_file(weights, file, metadata={"format": "pt"})
+    return path
+
+
+def prompts(count: int, length: int = 6) -> list[Prompt]:
+    draw = np.random.default_rng(0)
+    return [Prompt(f"p{i}", tuple(draw.integers(4, VOCAB, length).tolist()), None) for i in range(count)]
+
+
+def start(path: str, load: bool = True, dtype: str = "float32", parallel: Parallel | None = None, **rollout: Any):
+    """(engine, mesh)"""
+    from megarl.parallel import Mesh
+    from megarl.rollout.vllm_engine import VLLMEngine
+
+    mesh = Mesh.build(parallel or Parallel())
+    return VLLMEngine(path, Rollout(max_context=CONTEXT, **rollout), dtype, 3, mesh, load=load), mesh
+
+
+def _rows(groups) -> list[dict]:
+    return [
+        {
+            "prompt": t.prompt_ids,
+            "response": t.response_ids,
+            "log_probs": t.rollout_log_probs.tolist(),
+            "finish": t.finish_reason,
+            "version": t.policy_version.tolist(),
+            "mask": t.response_mask.tolist(),
+            "text": t.text,
+            "routed": None if t.routed_experts is None else t.routed_experts.tolist(),
+        }
+        for group in groups
+        for t in group.trajectories
+    ]
+
+
+def sampling(path: str) -> dict:
+    """One engine, started without weights and given them by `load_weights`, asked for everything the tests look at."""
+    from megarl.rollout.engine import Sampling
+
+    engine, _ = start(path, load=False, routed_experts=True)
+    weights = load_file(Path(path) / "model.safetensors")
+    engine.load_weights(weights.items(), 7)
+    some = prompts(6)
+    out: dict[str, Any] = {"stop_ids": engine._stop_ids}
+    out["warm"] = _rows(engine.generate(some, Sampling(4, 24, 0.7), 1))
+    out["greedy"] = _rows(engine.generate(some, Sampling(1, 24, 0.0), 1))
+    out["reversed"] = _rows(engine.generate(some[::-1], Sampling(4, 24, 0.7), 1))
+    out["alone"] = _rows(engine.generate(some[2:3], Sampling(4, 24, 0.7), 1))
+    out["next_round"] = _rows(engine.generate(some, Sampling(4, 24, 0.7), 2))
+    out["no_log_probs"] = _rows(engine.generate(some, Sampling(4, 24, 0.7, log_probs=False), 1))
+    many = [Prompt(f"long{i}", some[i % 6].token_ids * 14 + (4 + i,), None) for i in range(110)]
+    out["chunked"] = [row["response"] for row in _rows(engine.generate(many, Sampling(1, 4, 1.0), 4))]
+    out["unchunked"] = [row["response"] for row in _rows(engine.generate(many[90:], Sampling(1, 4, 1.0), 4))]
+    out["first_tokens"] = [r["response"][0] for r in _rows(engine.generate(some[:1], Sampling(4000, 1, 1.0), 3))]
+    sequences = [row["prompt"] + row["response"] for row in out["greedy"]]
+    out["scored"] = [values.tolist() for values in engine.score(sequences)]
+    changed = {name: tensor * (0.5 if name == CHANGED else 1.0) for name, tensor in weights.items()}
+    engine.load_weights(changed.items(), 8)  # of the long prompts' keys and values, blocks are cached
+    out["reloaded"] = _rows(engine.generate(many[90:], Sampling(1, 4, 1.0), 4))
+    return out
+
+
+def patches(path: str) -> dict:
+    """What vLLM does to the process with and without each patch."""
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a world of one started by hand
+        os.environ.pop(key, None)
+    platform.setup()
+    from megarl.platform import vllm_patches
+    from megarl.rollout.engine_weights import compare_weights
+    from megarl.rollout.vllm_engine import VLLMEngine
+
+    inside: dict[str, Any] = {}
+    plain_start = VLLMEngine._start
+
+    def recording_start(self, *args):
+        llm = plain_start(self, *args)
+        inside.update(_process_state())
+        return llm
+
+    VLLMEngine._start = recording_start
+    random.seed(11), np.random.seed(11), torch.manual_seed(11)
+    before = _process_state()
+    cores = sorted(os.sched_getaffinity(0))
+    engine, mesh = start(path, load=False)
+    after = _process_state()
+
+    import vllm.envs
+    import vllm.utils.network_utils
+    from vllm.usage import usage_lib
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    plain = {key: os.environ.pop(key) for key in vllm_patches.environment()}
+    defaults = {
+        key: str(vllm.envs.environment_variables[key]()) for key in plain if key in vllm.envs.environment_variables
+    }
+    os.environ.update(plain)
+    weights = load_file(Path(path) / "model.safetensors")
+    other = {name: torch.roll(tensor, 1, 0) if ".experts." in name else tensor for name, tensor in weights.items()}
+    engine.load_weights(weights.items(), 1)
+
+    def differing(expected) -> list[str]:
+        found = compare_weights(engine.model, engine.vllm_config, expected.items())
+        return sorted({str(item.family) for item in found if item.differs})
+
+    synced = differing(weights)
+    engine._runner.reload_weights(weights_iterator=iter(other.items()))
+    unpatched = differing(other)
+    engine.load_weights(other.items(), 2)
+    patched = differing(other)
+    engine.load_weights(((n, t) for n, t in weights.items() if "layers.1." not in n), 3)
+    partly = engine.score([[5, 6, 7]])[0].tolist()
+    return {
+        "before": before,
+        "inside": inside,
+        "after": after,
+        "cores": [cores, sorted(os.sched_getaffinity(0))],
+        "defaults": defaults,
+        "client": type(engine._llm.llm_engine.engine_core).__name__,
+        "usage_stats": usage_lib.is_usage_stats_enabled(),
+        "ip": vllm.utils.network_utils.get_ip(),
+        "compiles": "@torch.compile" in inspect.getsource(topk_topp_sampler),
+        "rewinds": ".set_offset(" in inspect.getsource(GPUModelRunner._bookkeeping_sync),
+        "dynamo_disabled": torch._dynamo.config.disable,
+        "dynamo_frames": int(torch._dynamo.utils.counters["frames"]["total"]),
+        "synced": synced,
+        "unpatched": unpatched,
+        "patched": patched,
+        "partly": partly,
+    }
+
+
+def _process_state() -> dict:
+    def peek(draw):  # the next number a generator would give, without advancing it
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        value = draw()
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+        return value
+
+    return {
+        "random": peek(random.random),
+        "numpy": peek(np.random.random),
+        "torch": peek(lambda: torch.rand(1).item()),
+        "threads": torch.get_num_threads(),
+        "set_threads": torch.set_num_threads.__name__,
+        "stream": torch.cuda.Stream.__module__,
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE"),
+        "LD_PRELOAD": os.environ.get("LD_PRELOAD"),
+    }
+
+
+def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees) -> dict:
+    """Syncs a learner into an engine started without weights, whole and then broken in several ways."""
+    platform.setup()
+    from megarl.convert import stream_hf
+    from megarl.learner.policy import Policy
+    from megarl.rollout import vllm_engine
+    from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
+    from megarl.verify.sync import probe_log_probs
+
+    parallel = Parallel(**degrees)
+    engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, tensor_parallel=tensor_parallel)
+    policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=dtype), parallel=parallel), mesh)
+    spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
+    probes = make_probes(spec.vocab_size, 4, engine.probe_length)
+    expected = probe_log_probs(policy, probes)
+
+    def stream():
+        return stream_hf(policy.modules, spec, mesh)
+
+    def check() -> list[float] | str:
+        try:
+            gap = check_sync(engine, probes, expected, default_threshold(dtype), mesh, stream)
+        except RunFailed as error:
+            return str(error)
+        return [gap.mean, gap.max]
+
+    out: dict[str, Any] = {"unsynced": check()}
+    live = _LiveBytes(vllm_engine)
+    report = sync_weights(plan, policy.modules, spec, mesh, engine, policy_version=5)
+    out |= {"bytes": report.bytes, "seconds": report.seconds, "version": engine.policy_version, "synced": check()}
+    out |= {"peak_copies": live.peak, "largest_layer": plan.largest_layer_bytes}
+    for name, broken in BROKEN.items():
+        weights = {name: tensor.clone() for name, tensor in stream()}
+        engine.load_weights(broken(weights).items(), 6)
+        out[name] = check()
+        engine.load_weights(stream(), 7)
+    out["mended"] = check()
+    exact = expected
+    expected = [values + (np.arange(len(values)) > len(values) - 4) for values in exact]
+    out["few_tokens"] = check()
+    expected = [values + 1.0 for values in exact]
+    out["all_tokens"] = check()
+    expected = exact
+    for chunk in policy.modules:
+        for parameter in chunk.parameters():
+            parameter.data.mul_(1.03)
+    out["stale"] = check() if (expected := probe_log_probs(policy, probes)) else ""
+    try:
+        short = ((name, tensor) for name, tensor in stream() if ".layers.2." not in name)
+        engine.load_weights(plan.follow(short), 8)
+        out["short_stream"] = "accepted"
+    except RunFailed as error:
+        out["short_stream"] = str(error)
+    return out
+
+
+def sync_twice(path: str, **degrees) -> dict:
+    """A sync of the checkpoint and one of other weights: what an engine packed at its first must not survive."""
+    platform.setup()
+    from megarl.convert import stream_hf
+    from megarl.learner.policy import Policy
+    from megarl.platform import vllm_patches
+    from megarl.rollout.weight_sync import SyncPlan, compare_with_learner, make_probes, measure_gap, sync_weights
+    from megarl.verify.sync import probe_log_probs
+
+    parallel = Parallel(**degrees)
+    engine, mesh = start(path, load=False, parallel=parallel)
+    policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
+    plan, probes = SyncPlan.build(policy.spec, "float32"), make_probes(policy.spec.vocab_size, 4)
+
+    def compare() -> dict:
+        found = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
+        gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
+        return {"gap": gap.mean, "differing": [str(item) for item in found if item.differs], "families": len(found)}
+
+    out = {}
+    for name in ("first", "second"):
+        sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+        out[name] = compare()
+        for chunk in policy.modules:
+            for parameter in chunk.parameters():
+                parameter.data.mul_(1.05)
+    vllm_patches._pack_tied_output = lambda model: None
+    sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+    return out | {"unpatched": compare()}
+
+
+def _swap_experts(weights: dict) -> dict:
+    for matrix in ("gate_proj", "up_proj", "down_proj"):
+        a, b = (f"model.layers.2.mlp.experts.{e}.{matrix}.weight" for e in (3, 5))
+        weights[a], weights[b] = weights[b], weights[a]
+    return weights
+
+
+def _swap_down(weights: dict) -> dict:
+    a, b = (f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in (0, 7))
+    weights[a], weights[b] = weights[b], weights[a]
+    return weights
+
+
+def _skip_layer(weights: dict) -> dict:
+    """The engine keeps what it had: random weights, loaded first."""
+    return {
+        name: torch.randn_like(t) * 0.1 if "layers.3." in name and t.dim() > 1 else t for name, t in weights.items()
+    }
+
+
+def _scale_values(weights: dict) -> dict:
+    weights["model.layers.0.self_attn.v_proj.weight"] *= 1.05
+    return weights
+
+
+BROKEN = {"swapped": _swap_experts, "swapped_down": _swap_down, "layer": _skip_layer, "values": _scale_values}
+
+
+class _LiveBytes:
+    """Counts the bytes of the copies the engine holds during a load."""
+
+    def __init__(self, module) -> None:
+        self.now = self.peak = 0
+        plain = module._copies
+
+        def counted(tensors):
+            for name, tensor in plain(tensors):
+                size = tensor.numel() * tensor.element_size()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor, self._freed, size)
+                yield name, tensor
+                del tensor
+
+        module._copies = counted
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
