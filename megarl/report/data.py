@@ -135,7 +135,7 @@ def figures(data: RunData) -> dict[str, Any]:
         found["sft_accuracy"] = before[0]["accuracy"]
     if after:
         found["rl_accuracy"] = after[-1]["accuracy"]
-    return {name: value for name, value in (found | data.summary).items() if value is not None}
+    return {name: value for name, value in (*found.items(), *data.summary.items()) if value is not None}
 
 
 def _first_and_last_rollouts(folder: Path) -> list[tuple[int, list[Row]]]:

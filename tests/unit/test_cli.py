@@ -110,6 +110,19 @@ def test_a_run_folder_is_made_whole_and_can_be_discarded(project: Path, monkeypa
     assert not (project / "run").exists()
 
 
+def test_discarding_spares_results_and_gives_the_old_config_back(project: Path) -> None:
+    from megarl.config import load_config, prepare_run_dir
+
+    first = load_config(project / "p.yaml")
+    run = prepare_run_dir(first, "sft")
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run.discard()  # bad input that was met after the first step
+    assert (run.path / "metrics.jsonl").exists()
+    prepare_run_dir(load_config(project / "p.yaml", ["seed=7"]), "rl").discard()
+    assert load_config(project / "run" / "config.yaml") == first
+    assert sorted(p.name for p in (project / "run").iterdir()) == ["config.yaml", "sft"]
+
+
 def test_doctor_passes_here_and_warns_of_the_other_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megarl.platform import features
     from megarl.verify.doctor import examine
