@@ -140,8 +140,6 @@ class Parallel(Section):
     """Context parallel degree."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel ranks."""
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """Megatron's MoE token dispatcher."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A collective that takes longer ends the job."""
 

@@ -31,7 +31,7 @@ def convert_checkpoint(src: str | Path, dst: str | Path, to: Literal["hf", "mega
     model = model_of_folder(source) if to == "megatron" else model_of_checkpoint(source)
     side, spec = Path(model.path), read_spec(model.path)
     mesh = Mesh.build(parallel)
-    chunks = build_model(spec, model, mesh, parallel.dispatcher)
+    chunks = build_model(spec, model, mesh)
     if to == "hf":
         load_model(source / SHARDS, chunks)
         save_hf(target, chunks, spec, mesh, extra_from=side)

@@ -65,9 +65,9 @@ class Policy:
     ) -> None:
         self.spec, self.mesh, self.role = spec, mesh, role
         self.temperature = temperature
-        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel.dispatcher)
+        self.config = transformer_config(spec, cfg.model, mesh)
         dtype = DTYPES[cfg.model.dtype]
-        self.modules = build_model(spec, cfg.model, mesh, cfg.parallel.dispatcher)  # what convert reads and writes
+        self.modules = build_model(spec, cfg.model, mesh)  # what convert reads and writes
         chunks = [Float16Module(self.config, m) for m in self.modules] if dtype is torch.bfloat16 else self.modules
         self.optimizer = self.schedule = None
         if optimizer is not None:

@@ -36,13 +36,13 @@ from megarl.models.moe.experts import GroupedExperts  # noqa: E402
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, dispatcher: str = "alltoall") -> TransformerConfig:
+def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh) -> TransformerConfig:
     """Megatron's configuration for `spec` in the precision of `model` on the layout of `mesh`."""
     dtype = DTYPES[model.dtype]
     # Megatron checks the dispatcher of a dense model too, and its default refuses variable lengths
     moe: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     if spec.is_moe:
-        moe = dict(
+        moe |= dict(
             num_moe_experts=spec.num_experts,
             moe_router_topk=spec.top_k,
             moe_ffn_hidden_size=spec.moe_intermediate_size,
@@ -50,7 +50,6 @@ def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, dispatcher: st
             moe_router_pre_softmax=not spec.norm_topk_prob,
             moe_router_load_balancing_type="none",
             moe_router_dtype={"float32": "fp32", "float64": "fp64"}[model.router_dtype],
-            moe_token_dispatcher_type=dispatcher,
             moe_grouped_gemm=False,
         )
     return TransformerConfig(
@@ -113,14 +112,14 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
     )
 
 
-def build_model(spec: ModelSpec, model: Model, mesh: Mesh, dispatcher: str = "alltoall") -> list[GPTModel]:
+def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
     """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
 
     Raises BadInput when the layer provider is not available.
     """
     if model.layers == "te":
         raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
-    config = transformer_config(spec, model, mesh, dispatcher)
+    config = transformer_config(spec, model, mesh)
     model_parallel_cuda_manual_seed(1)
     chunks = []
     for stage in range(mesh.vpp or 1):

@@ -52,6 +52,15 @@ def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict
     return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
 
 
+def head_sizes() -> list[int] | None:
+    """The attention head sizes vLLM has kernels for here; None: it chooses among several backends itself."""
+    if platform.name() != "cpu":
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend.get_supported_head_sizes()
+
+
 def seeded(params: Any, seed: int) -> Any:
     """A shallow copy of vllm.SamplingParams that samples with `seed`."""
     params = copy.copy(params)

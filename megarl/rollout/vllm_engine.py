@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.schema import Rollout
+from megarl.convert import read_spec
 from megarl.errors import BadInput, RunFailed
 from megarl.platform import vllm_patches
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
@@ -74,7 +75,9 @@ class VLLMEngine:
         from vllm import LLM
 
         vllm_patches.install()
-        cfg = self.config
+        cfg, head_dim, sizes = self.config, read_spec(model_path).head_dim, vllm_patches.head_sizes()
+        if sizes is not None and head_dim not in sizes:
+            raise BadInput(f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model")
         try:
             return LLM(
                 model_path,
