@@ -65,13 +65,13 @@ class Mesh:
         platform.set_threads()
         timeout = timedelta(minutes=parallel.timeout_minutes)
         if not dist.is_initialized():
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             world = int(os.environ.get("WORLD_SIZE", "1"))
+            where: dict[str, Any] = {}
             if "MASTER_PORT" not in os.environ:
                 if world > 1:
                     raise BadInput("MASTER_PORT is not set: start the ranks with torchrun or `megarl train --nproc N`")
-                os.environ["MASTER_PORT"] = str(free_port())
-            dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout)
+                where["store"] = dist.HashStore()  # one process alone needs no port
+            dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout, **where)
         world = dist.get_world_size()
         dense, expert = parallel.tp * parallel.pp * parallel.cp, parallel.etp * parallel.ep * parallel.pp
         if world % dense or world % expert:
@@ -151,11 +151,3 @@ class Mesh:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.object_group)
         return bool(box.item())
 
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback interface now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
