@@ -66,11 +66,6 @@ def set_threads(count: int | None = None) -> None:
         torch.set_num_threads(count)
 
 
-def default_threads(local_world: int) -> int:
-    """Threads each of `local_world` local ranks may use."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
-
-
 def device_memory() -> dict[str, float]:
     """GiB on this rank's device and host: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated`."""
     return _module().device_memory()

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megarl import algorithms, launcher
 from megarl.algorithms import LossInputs, policy_loss
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
-from megarl.data import PromptSource, load_tokenizer, micro_batches, pack
+from megarl.data import PromptSource, load_tokenizer, micro_batches
 from megarl.errors import BadInput
 from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy
+from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
@@ -291,18 +291,3 @@ def engine_gap(batch: Batch, log_probs: Tensor) -> dict[str, Metric]:
         "gap/logprob_mean": Mean.of(gap, batch.response_mask),
         "gap/logprob_max": Max.of(gap, batch.response_mask),
     }
-
-
-def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[Any]:
-    """The learner's log-probs of the probe sequences at temperature 1: one float32 array of len(probe) each, everywhere."""
-    lengths = torch.tensor([len(probe) for probe in probes])
-    tokens = torch.tensor([token for probe in probes for token in probe])
-    batch = Batch(tokens, lengths, torch.ones(len(tokens)))
-    micro = [pack(batch, range(len(probes)), pad_multiple(policy.mesh))]
-    if policy.mesh.vpp:
-        micro *= policy.mesh.pp
-    log_probs, _entropy = policy.log_probs(micro, temperature=1.0)
-    mine = log_probs[0] if log_probs else None
-    everyone = policy.mesh.all_gather_object(mine) if policy.mesh.pp > 1 else [mine]
-    flat = next(x for x in everyone if x is not None)
-    return [part.numpy() for part in flat.split(lengths.tolist())]

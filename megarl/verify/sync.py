@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import torch
-
 from megarl import launcher
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
-from megarl.data.packing import micro_batches
 from megarl.errors import RunFailed
 from megarl.learner.policy import Policy
+from megarl.learner.probes import probe_log_probs
 from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.rollout.engine_weights import WeightGap
@@ -28,39 +25,6 @@ from megarl.rollout.weight_sync import (
     measure_gap,
     sync_weights,
 )
-from megarl.types import Batch
-
-
-def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[np.ndarray]:
-    """The learner's log-probs of fixed sequences at temperature 1, on every rank: what `check_sync` compares with.
-
-    Every rank passes the same probes. [len(probe)] float32 each, entry 0 is 0. Collective over the world.
-    """
-    mesh, lengths = policy.mesh, [len(probe) for probe in probes]
-    batch = Batch(
-        tokens=torch.tensor([token for probe in probes for token in probe]),
-        lengths=torch.tensor(lengths),
-        response_mask=torch.ones(sum(lengths)),
-        group_index=torch.arange(len(probes)),  # packing reorders: this finds each probe again
-    )
-    stages = mesh.pp if mesh.vpp else 1
-    budget = -(-sum(lengths) // mesh.tp) * mesh.tp
-    packed = micro_batches(batch, budget, 0, 1, pad_multiple=mesh.tp, count_multiple=stages)
-    temperature, policy.temperature = policy.temperature, 1.0
-    try:
-        rows = policy.log_probs(packed)[0]
-    finally:
-        policy.temperature = temperature
-    found = {
-        int(index): values.float().numpy()
-        for micro_batch, row in zip(packed, rows)
-        for index, values in zip(micro_batch.batch.group_index, row.split(micro_batch.batch.lengths.tolist()))
-    }
-    found = next(part for part in mesh.all_gather_object(found) if part) if mesh.pp > 1 else found
-    out = [found[index].copy() for index in range(len(probes))]
-    for values in out:
-        values[0] = 0.0
-    return out
 
 
 def verify_sync(cfg: Config) -> int:

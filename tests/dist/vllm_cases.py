@@ -197,7 +197,7 @@ def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees)
     from megarl.learner.policy import Policy
     from megarl.rollout import vllm_engine
     from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
-    from megarl.verify.sync import probe_log_probs
+    from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, tensor_parallel=tensor_parallel)
@@ -253,7 +253,7 @@ def sync_twice(path: str, **degrees) -> dict:
     from megarl.learner.policy import Policy
     from megarl.platform import vllm_patches
     from megarl.rollout.weight_sync import SyncPlan, compare_with_learner, make_probes, measure_gap, sync_weights
-    from megarl.verify.sync import probe_log_probs
+    from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, parallel=parallel)

@@ -14,8 +14,8 @@ def learner_log_probs(config: str, checkpoint: str, sequences: list[list[int]]) 
     from megarl.config import load_config
     from megarl.convert import read_spec
     from megarl.learner.policy import Policy
+    from megarl.learner.probes import probe_log_probs
     from megarl.parallel import Mesh
-    from megarl.trainers.rl import probe_log_probs
 
     cfg = load_config(config, ["parallel.ep=1", "parallel.nproc=1"])
     policy = Policy(read_spec(cfg.model.path), cfg, Mesh.build(cfg.parallel))
