@@ -86,9 +86,31 @@ class PackedAttention(MegatronModule):
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions on `[n, groups, heads, head_dim]`, in float32."""
-    cos, sin = (part[:, None, None, :] for part in rotary)
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return _Rotary.apply(x, *rotary)
+
+
+class _Rotary(torch.autograd.Function):
+    """The rotation, and as its gradient the rotation back; `cos` and `sin` `[n, head_dim]` have two equal halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, None, :half], sin[:, None, None, :half]
+    first, second = x.float().split(half, dim=-1)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out.to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:

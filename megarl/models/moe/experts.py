@@ -49,8 +49,8 @@ class GroupedExperts(MegatronModule):
         ends = counts.cumsum(0).to(torch.int32)
         w1 = self.weight1.flatten(1, 2).transpose(1, 2)
         w2 = self.weight2.transpose(1, 2)
-        gate, up = grouped_mm(hidden, w1, ends).chunk(2, dim=-1)
-        activated = F.silu(gate) * up * probs.unsqueeze(-1).to(gate.dtype)
+        gate_up = grouped_mm(hidden, w1, ends)
+        activated = _WeightedSwiGLU.apply(gate_up, probs.to(gate_up.dtype))
         return grouped_mm(activated, w2, ends), None
 
     def backward_dw(self) -> None:
@@ -79,6 +79,36 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if x.shape[0] == 0:  # grouped_mm has no backward for zero rows; every rank must still produce a gradient
         return x @ weights.sum(0)
     return _ContiguousGradient.apply(F.grouped_mm(x, weights, offs=ends))
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """`silu(gate) * up * prob` of `[n, 2F]` and `[n]`, with a backward that writes both halves into one tensor.
+
+    Composed of PyTorch's own operators it makes a tenth of a training step on a CPU: strided halves, and a copy to put
+    their gradients together again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        ctx.save_for_backward(gate_up, probs)
+        return F.silu(gate).mul_(up).mul_(probs[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, probs = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        through_gate = grad * up
+        grad_probs = torch.linalg.vecdot(through_gate, silu)
+        torch.mul(grad, silu, out=grad_up)
+        grad_up.mul_(probs[:, None])
+        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)  # d silu = sigmoid + silu (1 - sigmoid)
+        torch.mul(through_gate.mul_(probs[:, None]), slope, out=grad_gate)
+        return out, grad_probs
 
 
 class _ContiguousGradient(torch.autograd.Function):
