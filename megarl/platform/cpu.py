@@ -55,12 +55,6 @@ def synchronize() -> None:
     """Work is done when a call returns."""
 
 
-def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    from megarl.platform.cpu_products import GroupedProduct
-
-    return GroupedProduct.apply(x, weights, ends)
-
-
 def empty_cache() -> None:
     """The C allocator gives pages back by itself."""
 
