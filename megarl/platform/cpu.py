@@ -111,7 +111,7 @@ CUDA_ANSWERS: dict[str, Any] = {
     "Stream": Stream,  # the token dispatcher makes one
     "synchronize": lambda *a, **k: None,  # between pipeline stages
     "get_rng_state": lambda *a, **k: torch.get_rng_state(),  # Megatron's RNG tracker: one state per parallel group
-    "random.get_rng_state": lambda *a, **k: torch.get_rng_state(),  # activation recompute reads it from there
+    "random.get_rng_state": lambda *a, **k: torch.get_rng_state(),  # the same, by the other name Megatron uses
     "manual_seed": torch.manual_seed,  # how it makes those states
     "default_generators": Generators(),  # what it sets them in
     "_lazy_call": lambda call, *a, **k: call(),  # torch defers the setting until CUDA is initialised: never

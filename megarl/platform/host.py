@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -13,7 +14,10 @@ GIB = 2**30
 def host_memory() -> dict[str, float]:
     """GiB: resident now (`rss`), at most so far (`peak_rss`), and of this process's children now (`children`)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    children = sum(child.memory_info().rss for child in psutil.Process().children(recursive=True) if child.is_running())
+    children = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a reward worker may be replaced at any moment
+            children += child.memory_info().rss
     return {
         "children": children / GIB,
         "rss": pages * resource.getpagesize() / GIB,

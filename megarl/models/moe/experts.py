@@ -84,8 +84,7 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 class _WeightedSwiGLU(torch.autograd.Function):
     """`silu(gate) * up * prob` of `[n, 2F]` and `[n]`, with a backward that writes both halves into one tensor.
 
-    Composed of PyTorch's own operators it makes a tenth of a training step on a CPU: strided halves, and a copy to put
-    their gradients together again.
+    PyTorch's own operators work on strided halves and copy their gradients together again.
     """
 
     @staticmethod
