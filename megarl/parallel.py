@@ -150,4 +150,3 @@ class Mesh:
         box = torch.tensor([int(flag)])
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.object_group)
         return bool(box.item())
-

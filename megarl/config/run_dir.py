@@ -53,7 +53,12 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
     replaced: bytes | None = None
     try:
         # under torchrun another rank may have opened its log already
-        if part in ("sft", "rl") and config.resume == "never" and path.is_dir() and any(p.name != "logs" for p in path.iterdir()):
+        if (
+            part in ("sft", "rl")
+            and config.resume == "never"
+            and path.is_dir()
+            and any(p.name != "logs" for p in path.iterdir())
+        ):
             raise BadInput(
                 f"run_dir = {config.run_dir!r}: {path} already holds a run; "
                 "set resume=auto to continue it, or another run_dir"

@@ -6,6 +6,7 @@ Megatron-core asks `torch.cuda` for its device in several hundred places. Each p
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from megarl.platform.host import host_memory
 NAME = "cpu"
 BACKEND = "gloo"
 CPU = torch.device("cpu")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 FACTORIES = [
     "tensor",
     "empty",
@@ -55,8 +57,14 @@ def synchronize() -> None:
     """Work is done when a call returns."""
 
 
+def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    from megarl.platform.cpu_products import GroupedProduct
+
+    return GroupedProduct.apply(x, weights, ends)
+
+
 def empty_cache() -> None:
-    """The C allocator gives pages back by itself."""
+    """Host memory is kept, see `_keep_memory`."""
 
 
 def profiler_activities() -> list:
@@ -132,6 +140,7 @@ def install() -> None:
         setattr(getattr(torch.cuda, owner) if owner else torch.cuda, attribute, answer)
     torch.Tensor.cuda = lambda self, *a, **k: self  # a checkpoint is loaded through `.cuda()`
     _patch_tensor_type()
+    _keep_memory()
 
 
 def _patch_tensor_type() -> None:
@@ -144,3 +153,14 @@ def _patch_tensor_type() -> None:
         return out.replace("torch.", "torch.cuda.", 1) if isinstance(out, str) and not args and not kwargs else out
 
     torch.Tensor.type = type_
+
+
+def _keep_memory() -> None:
+    """Freed memory stays with the process.
+
+    By default glibc gives the activations back after every step and gets them again, page fault by page fault, in the
+    next: a fifth of a step where faults are dear (virtual machines, containers).
+    """
+    library = ctypes.CDLL(None)
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        library.mallopt(option, 2**31 - 1)

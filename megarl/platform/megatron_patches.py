@@ -20,6 +20,7 @@ def install() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
+    token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
@@ -40,6 +41,17 @@ def _move_to_cpu(plain: Any) -> Any:
         return plain(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     return move
+
+
+def _unless_sorted(plain: Any) -> Any:
+    """Without expert parallelism the chunks are in order already, and Megatron copies every token four times a layer."""
+
+    def sort(tokens: Any, sizes: Any, order: Any, probs: Any = None, fused: bool = False) -> tuple[Any, Any]:
+        if not hasattr(order, "in_order"):  # one persistent tensor per layer
+            order.in_order = bool((order == torch.arange(order.numel(), device=order.device)).all())
+        return (tokens, probs) if order.in_order else plain(tokens, sizes, order, probs=probs, fused=fused)
+
+    return sort
 
 
 def _one_generator(record: logging.LogRecord) -> bool:

@@ -77,7 +77,9 @@ class VLLMEngine:
         vllm_patches.install()
         cfg, head_dim, sizes = self.config, read_spec(model_path).head_dim, vllm_patches.head_sizes()
         if sizes is not None and head_dim not in sizes:
-            raise BadInput(f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model")
+            raise BadInput(
+                f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model"
+            )
         try:
             return LLM(
                 model_path,

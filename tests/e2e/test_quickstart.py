@@ -19,7 +19,9 @@ def test_rl_lifts_held_out_accuracy_by_twenty_points(tmp_path, seed):
     subprocess.run([ROOT / "tools" / "quickstart.sh", f"seed={seed}", f"run_dir={run}"], check=True, cwd=ROOT)
     summary = json.loads((run / "summary.json").read_text())
     evaluated = [json.loads(line) for line in (run / "rl" / "eval.jsonl").read_text().splitlines()]
-    steps = [json.loads(line) for line in (run / "rl" / "metrics.jsonl").read_text().splitlines() if '"step": 0,' not in line]
+    steps = [
+        json.loads(line) for line in (run / "rl" / "metrics.jsonl").read_text().splitlines() if '"step": 0,' not in line
+    ]
     assert summary["rl_accuracy"] >= summary["sft_accuracy"] + 0.20
     assert evaluated[0]["problems"] >= 1000
     assert max(row["sync/gap_mean"] for row in steps) <= 1e-5

@@ -29,6 +29,7 @@ NEEDED = {  # patch -> what is seen without it
     "Tensor.cuda": "Torch not compiled with CUDA enabled",
     "te_general_gemm": "te_general_gemm",
     "keep step": "KeyError: 'step'",
+    "keep memory": "page faults",
     "writers": "the patched writer is in use",
 }
 

@@ -48,7 +48,7 @@ DEFAULT |= {"continuous": None, "compile": False, "env": {}}
 SMALL_CACHE = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 512, "allow_block_sharing": False}
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 # the fastest of `--sweep`, results/vs_trl.md
-TRL_FASTEST = {"1m": {"micro_batch": 32}, "20m": {"micro_batch": 32}}
+TRL_FASTEST = {size: {"micro_batch": 32, "env": KEEP_MEMORY} for size in MODELS}
 SWEEP = {
     "micro-batch 64": {"micro_batch": 64},
     "micro-batch 32": {"micro_batch": 32},
@@ -233,7 +233,7 @@ def megarl_config(model: Path, out: Path, ep: int) -> dict:
         "seed": COMMON["seed"],
         "run_dir": str(out),
         "model": {"path": str(model), "dtype": "float32"},
-        "parallel": {"nproc": CORES, "ep": ep},
+        "parallel": {"nproc": CORES, "ep": ep, "distributed_optimizer": False},
         "rl": {
             "init_from": "model",
             "data": [{"type": "jsonl", "path": str(model / "prompts.jsonl")}],

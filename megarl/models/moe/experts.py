@@ -13,6 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megarl import platform
+
 
 class GroupedExperts(MegatronModule):
     """Gated experts (SwiGLU, 2002.05202) over tokens sorted by local expert.
@@ -47,11 +49,9 @@ class GroupedExperts(MegatronModule):
         """`hidden [tokens, H]` sorted by expert, `tokens_per_expert [E/ep]`, `probs [tokens]` -> `[tokens, H]`."""
         counts = torch.as_tensor(tokens_per_expert, device=hidden.device)
         ends = counts.cumsum(0).to(torch.int32)
-        w1 = self.weight1.flatten(1, 2).transpose(1, 2)
-        w2 = self.weight2.transpose(1, 2)
-        gate_up = grouped_mm(hidden, w1, ends)
+        gate_up = platform.grouped_mm(hidden, self.weight1.flatten(1, 2), ends)
         activated = _WeightedSwiGLU.apply(gate_up, probs.to(gate_up.dtype))
-        return grouped_mm(activated, w2, ends), None
+        return platform.grouped_mm(activated, self.weight2, ends), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the ordinary backward."""
@@ -72,13 +72,6 @@ class GroupedExperts(MegatronModule):
             f"{prefix}weight1": shard("weight1", self.weight1, 2),
             f"{prefix}weight2": shard("weight2", self.weight2, 2),
         }
-
-
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows `ends[e-1]:ends[e]` of `x [tokens, K]` times `weights[e] [K, N]` -> `[tokens, N]`."""
-    if x.shape[0] == 0:  # grouped_mm has no backward for zero rows; every rank must still produce a gradient
-        return x @ weights.sum(0)
-    return _ContiguousGradient.apply(F.grouped_mm(x, weights, offs=ends))
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
@@ -108,15 +101,3 @@ class _WeightedSwiGLU(torch.autograd.Function):
         slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)  # d silu = sigmoid + silu (1 - sigmoid)
         torch.mul(through_gate.mul_(probs[:, None]), slope, out=grad_gate)
         return out, grad_probs
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """grouped_mm's backward on a CPU crashes on expanded (stride 0) gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
