@@ -171,7 +171,9 @@ class SFT(Section):
     validate_every: NonNegative = 0
     """Steps between validation losses; 0 = only at the end."""
     steps: Positive = 200
-    """Optimizer steps."""
+    """Optimizer steps, at most."""
+    stop_at_loss: Annotated[float, Field(gt=0)] | None = None
+    """End before `steps` once the mean training loss of the last 10 steps is below this; none: never."""
     batch_size: Positive = 128
     """Sequences per optimizer step, over all ranks."""
     micro_batch_tokens: Positive = 8192

@@ -104,6 +104,11 @@ class Loop:
                 return False
         return True
 
+    def end_at(self, step: int, why: str) -> None:
+        """`step` becomes the last one, before `total` was reached; the same call on every rank."""
+        self.display.note(f"{self.folder.name}: {why}; ends after step {step} of at most {self.total}")
+        self.total = self.display.total = step
+
     def close(self) -> None:
         self.display.close()
         self.writer.close()

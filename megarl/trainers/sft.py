@@ -41,6 +41,31 @@ def token_mean_loss(batch: Batch, log_probs: Tensor, entropy: Tensor, shards: Se
     return loss, {"sft/loss": Mean(-chosen.detach().double().sum(), batch.response_mask.double().sum())}
 
 
+class LossTarget:
+    """Whether the mean training loss of the last `WINDOW` steps is below `goal` (None: never); kept in checkpoints."""
+
+    WINDOW = 10
+
+    def __init__(self, goal: float | None) -> None:
+        self.goal, self.recent = goal, []
+
+    @property
+    def reached(self) -> bool:
+        full = self.goal is not None and len(self.recent) == self.WINDOW
+        return full and sum(self.recent) / self.WINDOW < self.goal
+
+    def observe(self, loss: float) -> bool:
+        """Take in one step's loss, the same on every rank; whether the goal is reached now."""
+        self.recent = [*self.recent, loss][-self.WINDOW :]
+        return self.reached
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"recent": self.recent}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.recent = state["recent"]
+
+
 class SFTTrainer:
     """Data, policy and step of one supervised run on this rank."""
 
@@ -54,7 +79,11 @@ class SFTTrainer:
             held_out = {p.text for p in load_eval_prompts(cfg.eval.data, tokenizer, longest)}
             self.data = SFTData(sft.data, tokenizer, longest, cfg.seed, exclude=held_out)
             self.validation = SFTData(sft.validation, tokenizer, longest, cfg.seed) if sft.validation else None
-        self.loop = Loop.open(cfg, mesh, "sft", sft.steps, {"policy": self.policy, "data": self.data})
+        self.target = LossTarget(sft.stop_at_loss)
+        owners = {"policy": self.policy, "data": self.data, "target": self.target}
+        self.loop = Loop.open(cfg, mesh, "sft", sft.steps, owners)
+        if self.target.reached:
+            self.loop.end_at(self.loop.done, "the loss was below sft.stop_at_loss before")
         self.loop.display.note(f"sft: {mesh.describe()}; {len(self.data)} rows, dropped {dict(self.data.dropped)}")
 
     def step(self, number: int) -> Mapping[str, float]:
@@ -66,7 +95,13 @@ class SFTTrainer:
             result = self.policy.train_step(packed, token_mean_loss)
         check_applied(result, f"sft step {number}")
         metrics: dict[str, Metric] = {RENAMED.get(name, name): value for name, value in result.metrics.items()}
-        if self.validation and (number == sft.steps or (sft.validate_every and number % sft.validate_every == 0)):
+        own_loss = {"sft/loss": metrics["sft/loss"]} if "sft/loss" in metrics else {}
+        loss = reduce_metrics(own_loss, self.mesh.all_gather_object)["sft/loss"]
+        if self.target.observe(loss) and number < self.loop.total:
+            self.loop.end_at(
+                number, f"mean loss of {LossTarget.WINDOW} steps below sft.stop_at_loss={sft.stop_at_loss}"
+            )
+        if self.validation and (number == self.loop.total or (sft.validate_every and number % sft.validate_every == 0)):
             with phases("validation"):
                 metrics |= self._validate()
         seconds = phases.seconds("update")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,17 @@ def test_a_stopped_run_continues_to_the_same_end(trained: Project, branch: Proje
     assert_same_weights(branch.run / "rl/hf", trained.run / "rl/hf")
     assert [row["step"] for row in branch.rows("rl/eval.jsonl")] == [0, STEPS]
     assert (branch.run / "summary.json").exists()
+
+
+def test_supervised_training_ends_at_its_loss_and_stays_ended(branch: Project) -> None:
+    shutil.rmtree(branch.run / "sft")
+    done = branch.megarl("sft", branch.config, "sft.stop_at_loss=4.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    losses = [row["sft/loss"] for row in branch.rows("sft/metrics.jsonl")]
+    assert np.mean(losses[-10:]) < 4.5 <= np.mean(losses[-11:-1])
+    assert f"ends after step {len(losses)} of at most 120" in done.stdout
+    (branch.run / "sft" / "hf" / "model.safetensors").unlink()
+    done = branch.megarl("sft", branch.config, "sft.stop_at_loss=4.5", "resume=auto")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(branch.rows("sft/metrics.jsonl")) == len(losses)
+    assert (branch.run / "sft" / "hf" / "model.safetensors").exists()
