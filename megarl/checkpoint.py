@@ -18,7 +18,7 @@ import torch
 from megarl import platform
 from megarl.errors import BadInput
 from megarl.learner.optimizer import init_state, separate_steps
-from megarl.learner.policy import Policy
+from megarl.learner.policy import Policy, Role
 from megarl.parallel import Mesh
 
 platform.setup()
@@ -160,6 +160,23 @@ def save_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
         str(path),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
     )
+
+
+def model_role(path: Path) -> Role:
+    """Whose weights a checkpoint's shards are converted: the policy's, or a reward model's where there is no policy.
+
+    Raises BadInput when the shards are damaged or hold neither.
+    """
+    try:
+        names = dist_checkpointing.load_tensors_metadata(str(path))
+    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise BadInput(f"{path}: cannot be read as a checkpoint ({line}); give another one") from None
+    found = {name.partition(".")[0] for name in names}
+    for role in ("policy", "reward"):
+        if role in found:
+            return role
+    raise BadInput(f"{path}: holds neither a policy nor a reward model; give a step_NNNNNN folder of a run")
 
 
 def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy") -> None:

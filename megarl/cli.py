@@ -145,6 +145,24 @@ def sft(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) ->
     _run_ranks(cfg, "sft", nproc, work)
 
 
+@app.command(name="reward-model")
+def reward_model(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Train a reward model on preferences; RL uses it as a reward of type model.
+
+    Example: [bold]megarl reward-model project.yaml reward_model.steps=100[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="reward_model")
+
+    def work() -> None:
+        from megarl.trainers import reward_model as trainer
+
+        trainer.run(cfg)
+
+    _run_ranks(cfg, "reward_model", nproc, work)
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -221,6 +239,24 @@ def sync(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -
     _run_ranks(cfg, "verify", nproc, work)
 
 
+@verify_app.command(name="algorithms")
+def verify_algorithms(
+    vectors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Vectors to compare with (default: those of this package)."),
+    ] = None,
+) -> None:
+    """Compare losses, gradients and advantages with vectors of an independent float64 reference. Exit code 1 on a miss.
+
+    Example: [bold]megarl verify algorithms --vectors vectors.json[/bold]
+    """
+    from megarl.verify.algorithms import GOLDEN, compare, render
+
+    rows = compare(vectors or GOLDEN)
+    print(render(rows))
+    raise typer.Exit(0 if all(row.ok for row in rows) else 1)
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder to read.")],
@@ -284,8 +320,12 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     from megarl.config import describe, resolve
 
-    for line in describe(resolve(config, overrides or ())):
-        print(line)
+    resolved = resolve(config, overrides or ())
+    print("\n".join(describe(resolved)))
+    if resolved.config.rl is not None:
+        from megarl.algorithms import describe_algorithm
+
+        print("\n".join(f"# {line}" for line in describe_algorithm(resolved.config)))
 
 
 @app.command()

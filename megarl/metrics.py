@@ -162,6 +162,41 @@ class Std(Metric):
         return Std(float(self.count), float(self.mean), float(self.squares))
 
 
+@dataclass(frozen=True)
+class Quantile(Metric):
+    """A quantile kept as a histogram over bins that are finest around `centre`: exact to half a percent of the
+    distance from it, from 1e-7 on."""
+
+    share: float
+    centre: float
+    counts: Tensor  # [2 * BINS + 1] float64: below, at, and above the centre
+
+    BINS = 2000
+    SMALLEST, STEP = 1e-7, 0.01  # bin k holds distances around SMALLEST * exp(k STEP)
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor, share: float, centre: float = 0.0) -> Quantile:
+        """Over entries of `values [n]` where `mask [n]` is positive."""
+        distance = values.detach().double()[mask > 0] - centre
+        distance = distance[~distance.isnan()]
+        size = (distance.abs() / cls.SMALLEST).clamp(min=1.0).log() / cls.STEP
+        signed = (size.round().clamp(max=cls.BINS) * distance.sign()).long() + cls.BINS
+        return cls(share, centre, torch.bincount(signed, minlength=2 * cls.BINS + 1).double())
+
+    def merge(self, other: Quantile) -> Quantile:
+        return Quantile(self.share, self.centre, self.counts + other.counts)
+
+    def value(self) -> float:
+        total = float(self.counts.sum())
+        if not total:
+            return math.nan
+        place = int(torch.searchsorted(self.counts.cumsum(0), self.share * total)) - self.BINS
+        return self.centre + math.copysign(self.SMALLEST * math.exp(abs(place) * self.STEP), place) * (place != 0)
+
+    def detached(self) -> Quantile:
+        return Quantile(self.share, self.centre, self.counts.cpu())
+
+
 def merge(into: dict[str, Metric], new: Mapping[str, Metric]) -> dict[str, Metric]:
     """Adds the observations of `new` to `into`, in place, and returns it.
 
@@ -193,7 +228,9 @@ def reduce_metrics(metrics: Mapping[str, Metric], gather: Callable[[Any], list[A
 
 def _was_nan(metric: Metric) -> bool:
     """A NaN that was observed (a diverged loss) stays visible; a NaN for want of observations does not."""
-    return any(math.isnan(float(part)) for part in vars(metric).values())
+    return any(
+        math.isnan(float(part)) for part in vars(metric).values() if not isinstance(part, Tensor) or not part.dim()
+    )
 
 
 def _larger(a: Scalar, b: Scalar) -> Scalar:

@@ -54,6 +54,7 @@ class Trajectory:
     score: float | None = None  # what the verifier said, unshaped; None = not scored
     shaped_reward: float | None = None  # what advantages are computed from
     reward_failed: bool = False  # the verifier crashed or timed out; `score` is then the configured one
+    rewards: dict[str, float] = field(default_factory=dict)  # what each part of a weighted reward said, by name
 
     @property
     def num_tokens(self) -> int:
@@ -81,17 +82,20 @@ class Batch:
     lengths: Tensor  # [S] int64, sums to N
     response_mask: Tensor  # [N] float32: 1 on tokens that are trained on
     group_index: Tensor | None = None  # [S] int64: which prompt group a sequence belongs to
+    sequence_index: Tensor | None = None  # [S] int64: its place in the rollout batch that this one was cut from
+    rewards: Tensor | None = None  # [S] float64, shaped; NaN = not scored
     rollout_log_probs: Tensor | None = None  # [N] float32, 0 where response_mask is 0
     old_log_probs: Tensor | None = None  # [N] float32
     ref_log_probs: Tensor | None = None  # [N] float32
     advantages: Tensor | None = None  # [N] float32
     values: Tensor | None = None  # [N] float32
-    returns: Tensor | None = None  # [N] float32
+    returns: Tensor | None = None  # [N] float32: the critic's targets
+    mismatch_weights: Tensor | None = None  # [N] float32: correction for the gap between engine and learner
     token_weights: Tensor | None = None  # [N] float32: mask x aggregation / global denominator
     routed_experts: Tensor | None = None  # [N, L, k] integer
     policy_version: Tensor | None = None  # [N] int32
 
-    PER_SEQUENCE = ("lengths", "group_index")
+    PER_SEQUENCE = ("lengths", "group_index", "sequence_index", "rewards")
 
     def __len__(self) -> int:
         return self.lengths.numel()

@@ -90,6 +90,7 @@ def _fixed_length(own_length: Tensor, counts: Counts, sequences: float, fixed_le
 AGGREGATIONS: dict[str, Callable[[Tensor, Counts, float, int | None], Tensor]] = {
     "token-mean": _token_mean,
     "seq-mean-token-mean": _seq_mean_token_mean,
+    "seq-mean": _seq_mean_token_mean,  # a sequence-level objective: each of its n_i tokens carries 1 / n_i of it
     "seq-mean-token-sum": _seq_mean_token_sum,
     "fixed-length": _fixed_length,
 }

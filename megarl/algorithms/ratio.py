@@ -33,6 +33,7 @@ class SequenceStatistics:
 class Ratio:
     """What a gate works on: n local tokens, finite everywhere, 0 log-ratio where the mask is 0."""
 
+    level: str
     value: Tensor  # [n], differentiable: the ratio at its level; at level `none` the log-prob itself
     detached: Tensor  # [n]: the ratio at its level; at level `none` the token's
     log_probs: Tensor  # [n], differentiable
@@ -54,8 +55,11 @@ def compute_ratio(level: str, log_probs: Tensor, old_log_probs: Tensor, mask: Te
     log_probs = torch.where(mask, log_probs, 0.0)
     log_ratio = log_probs - torch.where(mask, old_log_probs, 0.0).detach()
     sequences = _sequence_statistics(log_ratio, mask, shards)
-    value, detached, clamped = LEVELS[level](log_probs, log_ratio, shards.expand(sequences.log_ratio))
-    return Ratio(value, detached.detach(), log_probs, log_ratio.detach(), clamped & mask, mask, sequences, shards)
+    lengths = shards.expand(sequences.counts)
+    value, detached, clamped = LEVELS[level](log_probs, log_ratio, shards.expand(sequences.log_ratio), lengths)
+    return Ratio(
+        level, value, detached.detach(), log_probs, log_ratio.detach(), clamped & mask, mask, sequences, shards
+    )
 
 
 def _sequence_statistics(log_ratio: Tensor, mask: Tensor, shards: SequenceShards) -> SequenceStatistics:
@@ -64,22 +68,29 @@ def _sequence_statistics(log_ratio: Tensor, mask: Tensor, shards: SequenceShards
     return SequenceStatistics(counts, mean, (squares / counts.clamp(min=1) - mean.square()).clamp(min=0))
 
 
-def _none(log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _none(
+    log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """REINFORCE: the objective is A log pi, with no importance weight."""
     ratio = log_ratio.detach().clamp(-TOKEN_CLAMP, TOKEN_CLAMP).exp()
     return log_probs, ratio, torch.zeros_like(ratio, dtype=torch.bool)
 
 
-def _token(log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _token(
+    log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """PPO and GRPO: r_t = pi(t) / pi_old(t)."""
     ratio = log_ratio.clamp(-TOKEN_CLAMP, TOKEN_CLAMP).exp()
     return ratio, ratio, log_ratio.detach().abs() > TOKEN_CLAMP
 
 
-def _sequence(log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sequence(
+    log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """GSPO: s_i = (prod_t r_t)^(1 / n_i), arXiv 2507.18071, equation 7.
 
-    With an advantage that is constant over a sequence this is GSPO; with one that varies it is GSPO-token.
+    With an advantage that is constant over a sequence this is GSPO; with one that varies it is GSPO-token, and has to
+    be called `sequence-token`.
     """
     clamped = sequence_log_ratio.abs() > SEQUENCE_CLAMP
     ratio = sequence_log_ratio.clamp(-SEQUENCE_CLAMP, SEQUENCE_CLAMP).exp()
@@ -87,9 +98,26 @@ def _sequence(log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor) 
     return ratio * torch.where(clamped, 1.0, own_gradient), ratio, clamped
 
 
-LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+def _sequence_product(
+    log_probs: Tensor, log_ratio: Tensor, sequence_log_ratio: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prod_t r_t, the ratio of whole responses (RLOO as trained by PPO).
+
+    Its derivative with respect to one token is the ratio itself, where that of a mean is the ratio over n_i; the
+    aggregation's weights hold 1 / n_i for each of the n_i tokens, so the own-token derivative is taken n_i times.
+    """
+    product = sequence_log_ratio * lengths
+    clamped = product.abs() > TOKEN_CLAMP
+    ratio = product.clamp(-TOKEN_CLAMP, TOKEN_CLAMP).exp()
+    own_gradient = (lengths * (log_probs - log_probs.detach())).exp()
+    return ratio * torch.where(clamped, 1.0, own_gradient), ratio, clamped
+
+
+LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "none": _none,
     "token": _token,
     "sequence": _sequence,
     "sequence-token": _sequence,
+    "sequence-product": _sequence_product,
+    "geometric-mean-of-clipped": _token,  # the mean is taken by the gate, over what it clipped
 }

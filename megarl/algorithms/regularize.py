@@ -14,21 +14,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KL:
-    """A penalty in the loss: `coef * sum(token_weights * estimator)`."""
+    """A penalty in the loss, `coef * sum(token_weights * estimator)`, or in the reward of each token, minus
+    `coef * estimator` of the policy before the first update."""
 
     estimator: str = "k3"
     coef: float = 0.001
+    placement: str = "loss"
     input_clamp: float | None = 20.0  # |kappa| before the estimator; clamped tokens lose their gradient
     output_clamp: float | None = 10.0  # |estimate|; clamped tokens lose their gradient
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"kl estimator {self.estimator} is unknown; choose one of: {', '.join(ESTIMATORS)}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"kl placement {self.placement} is unknown; choose one of: {', '.join(PLACEMENTS)}")
 
     def __call__(self, log_probs: Tensor, ref_log_probs: Tensor, ratio: Tensor) -> Tensor:
         """Per-token penalty [n] from log-probs [n] and the token ratio [n] to the old policy, both differentiable."""
         kappa = _clamped(log_probs - ref_log_probs, self.input_clamp)
         return _clamped(ESTIMATORS[self.estimator](kappa, ratio), self.output_clamp)
+
+
+PLACEMENTS = ("loss", "reward")
 
 
 def k1(kappa: Tensor, ratio: Tensor) -> Tensor:

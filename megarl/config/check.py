@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.schema import Config, DataSource
+from megarl.config.schema import Config, DataSource, Parallel
 from megarl.errors import BadInput
 
-Command = Literal["sft", "rl", "eval", "sync"]
+Command = Literal["sft", "reward_model", "rl", "eval", "sync"]
 
 FAMILIES = ("qwen3_moe", "qwen3")
-REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http")
+REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
+NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
 
 def smallest_world(config: Config) -> int:
@@ -30,7 +31,7 @@ def check_config(config: Config, require: Command | None = None) -> None:
     _check_layout(config)
     _check_sections(config, require)
     _check_sources(config, must_exist=require)
-    _check_rewards(config)
+    _check_rewards(config, require)
     shape = model_shape(config, require)
     if shape is not None:
         _check_shape(config, shape)
@@ -51,6 +52,11 @@ def check_world(config: Config, world_size: int) -> None:
     if config.sft is not None and config.sft.batch_size < dp:
         raise BadInput(
             f"sft.batch_size = {config.sft.batch_size}: below the {dp} data-parallel ranks; set at least {dp}"
+        )
+    if config.reward_model is not None and config.reward_model.batch_size < dp:
+        raise BadInput(
+            f"reward_model.batch_size = {config.reward_model.batch_size}: below the {dp} data-parallel ranks; "
+            f"set at least {dp}"
         )
     if config.rl is not None:
         rl = config.rl
@@ -145,11 +151,13 @@ def _check_layout(config: Config) -> None:
 def _check_sections(config: Config, require: Command | None) -> None:
     if require == "sft" and config.sft is None:
         raise BadInput("sft: missing; add an sft section with data (megarl config lists its fields)")
+    if require == "reward_model" and config.reward_model is None:
+        raise BadInput("reward_model: missing; add a reward_model section with data (megarl config lists its fields)")
     if require == "rl" and config.rl is None:
         raise BadInput("rl: missing; add an rl section with data (megarl config lists its fields)")
     if require == "eval" and not config.eval.data:
         raise BadInput("eval.data = []: nothing to evaluate on; add a held-out data source")
-    for name in ("sft", "rl"):
+    for name in ("sft", "reward_model", "rl"):
         section = getattr(config, name)
         if section is not None and not section.data:
             raise BadInput(f"{name}.data = []: nothing to train on; add a data source")
@@ -157,10 +165,13 @@ def _check_sections(config: Config, require: Command | None) -> None:
         raise BadInput(
             f"eval.every = {config.eval.every}: there is no eval.data; add a data source or set eval.every: 0"
         )
-    if config.sft is not None and config.sft.validate_every and not config.sft.validation:
-        raise BadInput(
-            f"sft.validate_every = {config.sft.validate_every}: there is no sft.validation; add rows or set it to 0"
-        )
+    for name in ("sft", "reward_model"):
+        section = getattr(config, name)
+        if section is not None and section.validate_every and not section.validation:
+            raise BadInput(
+                f"{name}.validate_every = {section.validate_every}: there is no {name}.validation; "
+                "add rows or set it to 0"
+            )
     if config.rl is not None:
         rl = config.rl
         total = rl.prompts_per_step * rl.samples_per_prompt
@@ -171,9 +182,7 @@ def _check_sections(config: Config, require: Command | None) -> None:
                 "sequences "
                 f"of a rollout ({rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples); set {divisors[-1]}"
             )
-        if rl.samples_per_prompt == 1 and (rl.algorithm.advantage is None or rl.algorithm.advantage.type == "group"):
-            raise BadInput("rl.samples_per_prompt = 1: a group of one has no advantage; set at least 2")
-    for name in ("sft", "rl"):
+    for name in ("sft", "reward_model", "rl"):
         section = getattr(config, name)
         if section is not None and max(section.optimizer.betas) >= 1:
             raise BadInput(
@@ -185,6 +194,9 @@ def _sources(config: Config) -> Iterator[tuple[str, Command, DataSource]]:
     if config.sft is not None:
         yield from (("sft.data", "sft", s) for s in config.sft.data)
         yield from (("sft.validation", "sft", s) for s in config.sft.validation)
+    if config.reward_model is not None:
+        yield from (("reward_model.data", "reward_model", s) for s in config.reward_model.data)
+        yield from (("reward_model.validation", "reward_model", s) for s in config.reward_model.validation)
     if config.rl is not None:
         yield from (("rl.data", "rl", s) for s in config.rl.data)
     yield from (("eval.data", "eval", s) for s in config.eval.data)
@@ -202,24 +214,52 @@ def _check_sources(config: Config, must_exist: Command | None) -> None:
         if source.reward is not None and source.reward not in config.reward.named:
             named = ", ".join(config.reward.named) or "none yet"
             raise BadInput(f"{key}: reward = {source.reward!r} is not in reward.named; name one of them ({named})")
+    for source in config.eval.data:
+        reward = config.reward if source.reward is None else config.reward.named[source.reward]
+        if reward.type in NO_VERDICT:
+            fits = [name for name, one in config.reward.named.items() if one.type not in NO_VERDICT]
+            raise BadInput(
+                f"eval.data: reward = {source.reward or 'none'} is of type {reward.type!r}, which does not say whether "
+                f"an answer is right; set reward to one of reward.named that does ({', '.join(fits) or 'none yet'})"
+            )
 
 
-def _check_rewards(config: Config) -> None:
+def _check_rewards(config: Config, require: Command | None) -> None:
     for key, reward in (("reward", config.reward), *((f"reward.named.{k}", r) for k, r in config.reward.named.items())):
         if reward.type not in REWARD_TYPES and ":" not in reward.type:
             raise BadInput(f"{key}.type = {reward.type!r}: set one of {', '.join(REWARD_TYPES)}, or module:function")
         if reward is not config.reward and reward.named:
             raise BadInput(f"{key}.named: named rewards cannot nest; move its entries to reward.named")
+        if reward.type == "model" and require == "rl":
+            _check_reward_model(config, f"{key}.params.path", reward.params.get("path"))
 
 
-def _divides(key: str, degree: int, what: str, count: int) -> None:
+def _check_reward_model(config: Config, key: str, path: Any) -> None:
+    """The folder is there when RL needs it, is a reward model's, and fits the layout."""
+    if not isinstance(path, str) or not (Path(path) / "config.json").exists():
+        raise BadInput(
+            f"{key} = {path!r}: no config.json there; set the folder of a reward model "
+            f"(megarl reward-model writes {config.run_dir}/reward_model/hf)"
+        )
+    shape = _read_config_json(Path(path) / "config.json")
+    architectures = shape.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        raise BadInput(
+            f"{key} = {path!r}: architectures = {architectures} is not a reward model; "
+            "set a folder with ...ForSequenceClassification"
+        )
+    _check_learner_shape(config.parallel, shape, "the reward model's")
+
+
+def _divides(key: str, degree: int, what: str, count: int, whose: str = "the model's") -> None:
     if count % degree:
         fits = [d for d in range(1, min(degree, count) + 1) if count % d == 0]
-        raise BadInput(f"{key} = {degree}: does not divide the model's {count} {what}; set {fits[-1]}")
+        raise BadInput(f"{key} = {degree}: does not divide {whose} {count} {what}; set {fits[-1]}")
 
 
 def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
-    p, rollout = config.parallel, config.rollout
+    """The model can be what its config.json says, and fits the learner's and the engine's layouts."""
+    rollout = config.rollout
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     if heads % kv_heads:
         raise BadInput(
@@ -229,38 +269,45 @@ def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
         raise BadInput(
             f"model.generate.head_dim = {config.model.generate.head_dim}: rotary embedding needs an even width"
         )
-    _divides("parallel.tp", p.tp, "attention heads", heads)
-    _divides("parallel.tp", p.tp, "key/value heads", kv_heads)
+    _check_learner_shape(config.parallel, shape)
     _divides("rollout.tensor_parallel", rollout.tensor_parallel, "attention heads", heads)
     if kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % kv_heads:
         _divides("rollout.tensor_parallel", rollout.tensor_parallel, "key/value heads", kv_heads)
-    layers, stages = shape["num_hidden_layers"], p.pp * (p.vpp or 1)
-    if layers % stages:
-        fits = [d for d in range(1, stages + 1) if layers % d == 0]
-        raise BadInput(
-            f"parallel.pp = {p.pp}, vpp = {p.vpp or 1}: {stages} stages do not divide the model's {layers} layers; "
-            f"set pp x vpp to {fits[-1]}"
-        )
     if shape["model_type"] == "qwen3_moe":
         if shape["num_experts_per_tok"] > shape["num_experts"]:
             raise BadInput(
                 f"model: {shape['num_experts_per_tok']} experts per token of {shape['num_experts']}; lower top_k"
             )
-        _divides("parallel.ep", p.ep, "experts", shape["num_experts"])
-        _divides("parallel.etp", p.etp, "expert intermediate columns", shape["moe_intermediate_size"])
         _divides("rollout.tensor_parallel", rollout.tensor_parallel, "expert columns", shape["moe_intermediate_size"])
+        return
+    for name in ("ep", "etp"):
+        if getattr(config.parallel, name) > 1:
+            raise BadInput(
+                f"parallel.{name} = {getattr(config.parallel, name)}: a dense model has no experts; "
+                f"set parallel.{name}: 1"
+            )
+    if rollout.routed_experts:
+        raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
+
+
+def _check_learner_shape(p: Parallel, shape: Mapping[str, Any], whose: str = "the model's") -> None:
+    """The degrees divide what they split; a dense model is whole on every expert-parallel rank."""
+    _divides("parallel.tp", p.tp, "attention heads", shape["num_attention_heads"], whose)
+    _divides("parallel.tp", p.tp, "key/value heads", shape["num_key_value_heads"], whose)
+    layers, stages = shape["num_hidden_layers"], p.pp * (p.vpp or 1)
+    if layers % stages:
+        fits = [d for d in range(1, stages + 1) if layers % d == 0]
+        raise BadInput(
+            f"parallel.pp = {p.pp}, vpp = {p.vpp or 1}: {stages} stages do not divide {whose} {layers} layers; "
+            f"set pp x vpp to {fits[-1]}"
+        )
+    dense = shape["model_type"] != "qwen3_moe"
+    if not dense:
+        _divides("parallel.ep", p.ep, "experts", shape["num_experts"], whose)
+        _divides("parallel.etp", p.etp, "expert intermediate columns", shape["moe_intermediate_size"], whose)
         dense = shape.get("mlp_only_layers") or shape.get("decoder_sparse_step", 1) != 1
-    else:
-        for name in ("ep", "etp"):
-            if getattr(p, name) > 1:
-                raise BadInput(
-                    f"parallel.{name} = {getattr(p, name)}: a dense model has no experts; set parallel.{name}: 1"
-                )
-        if rollout.routed_experts:
-            raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
-        dense = True
     if dense and shape.get("intermediate_size"):
-        _divides("parallel.tp", p.tp, "intermediate columns", shape["intermediate_size"])
+        _divides("parallel.tp", p.tp, "intermediate columns", shape["intermediate_size"], whose)
 
 
 def _check_lengths(config: Config, model_context: int) -> None:
@@ -294,14 +341,16 @@ def _check_lengths(config: Config, model_context: int) -> None:
                 f"rl.micro_batch_tokens = {rl.micro_batch_tokens}: one sequence has up to {longest}; "
                 f"set at least {longest}"
             )
-    if config.sft is not None and config.sft.max_tokens is not None:
-        sft = config.sft
-        if sft.max_tokens > model_context:
+    for name, sides in (("sft", 1), ("reward_model", 2)):
+        section = getattr(config, name)
+        if section is None or section.max_tokens is None:
+            continue
+        if section.max_tokens > model_context:
             raise BadInput(
-                f"sft.max_tokens = {sft.max_tokens}: the model's context is {model_context}; set at most that"
+                f"{name}.max_tokens = {section.max_tokens}: the model's context is {model_context}; set at most that"
             )
-        if sft.max_tokens > sft.micro_batch_tokens:
+        if sides * section.max_tokens > section.micro_batch_tokens:
             raise BadInput(
-                f"sft.micro_batch_tokens = {sft.micro_batch_tokens}: one row has up to {sft.max_tokens}; "
-                "set at least that"
+                f"{name}.micro_batch_tokens = {section.micro_batch_tokens}: one {'row' if sides == 1 else 'pair'} has "
+                f"up to {sides * section.max_tokens}; set at least that"
             )

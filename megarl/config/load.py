@@ -88,6 +88,9 @@ def _describe(section: Section, origins: dict[str, str], prefix: str, indent: in
             plain = section.model_dump(mode="json")[name]
             origin = _origin(key, origins)
             yield f"{pad + name + ': ' + json.dumps(plain, ensure_ascii=False):<44}  # [{origin}] {meaning}"
+    for name, value in (section.model_extra or {}).items():  # settings of a registered function
+        origin = _origin(f"{prefix}{name}", origins)
+        yield f"{pad + name + ': ' + json.dumps(value, ensure_ascii=False):<44}  # [{origin}]"
 
 
 def _origin(key: str, origins: dict[str, str]) -> str:

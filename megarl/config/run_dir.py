@@ -42,10 +42,10 @@ class RunDir:
 
 
 def prepare_run_dir(config: Config, part: str) -> RunDir:
-    """Make `RUN_DIR/<part>/logs` (part: sft, rl, eval, verify) and write `RUN_DIR/config.yaml`.
+    """Make `RUN_DIR/<part>/logs` (part: sft, reward_model, rl, eval, verify) and write `RUN_DIR/config.yaml`.
 
-    Raises `BadInput`, and writes nothing, when sft/ or rl/ already holds a run and `resume` is `never`, or when the
-    folder cannot be written.
+    Raises `BadInput`, and writes nothing, when sft/, reward_model/ or rl/ already holds a run and `resume` is `never`,
+    or when the folder cannot be written.
     """
     root = Path(config.run_dir)
     path = root / part
@@ -54,7 +54,7 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
     try:
         # under torchrun another rank may have opened its log already
         if (
-            part in ("sft", "rl")
+            part in ("sft", "reward_model", "rl")
             and config.resume == "never"
             and path.is_dir()
             and any(p.name != "logs" for p in path.iterdir())

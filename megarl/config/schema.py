@@ -184,48 +184,121 @@ class SFT(Section):
     """Optimizer and schedule."""
 
 
-class Advantage(Section):
-    type: Literal["group"] = "group"
-    """`group`: reward minus the mean of its prompt group."""
-    scale: Literal["std", "none"] | None = None
-    """`std`: divide by the group's standard deviation (ddof 1); `none`: do not; unset: as the preset."""
-    eps: Annotated[float, Field(ge=0)] | None = None
-    """Added to the standard deviation; unset: as the preset (1e-6)."""
+class RewardModel(Section):
+    data: list[DataSource]
+    """Preferences: `chosen` and `rejected` as whole conversations, or as answers to `prompt`."""
+    validation: list[DataSource] = []
+    """Pairs for the validation loss and accuracy."""
+    validate_every: NonNegative = 0
+    """Steps between validations; 0 = only at the end."""
+    steps: Positive = 200
+    """Optimizer steps."""
+    batch_size: Positive = 64
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch_tokens: Positive = 8192
+    """Token budget of one packed micro-batch on one rank; both sides of a pair share one."""
+    max_tokens: Positive | None = None
+    """Pairs with a longer side are dropped and counted; none: the model's context."""
+    optimizer: Optimizer = Optimizer(lr=1e-5, schedule="cosine", warmup_steps=10)
+    """Optimizer and schedule."""
+    init_from: Literal["sft", "model"] = "sft"
+    """Start from the SFT result of this project, or from `model.path`; `sft` without an `sft` section means `model`."""
 
 
-class Gate(Section):
-    type: Literal["none", "clip"] = "clip"
-    """What bounds the update: PPO's clip, or nothing."""
-    low: Annotated[float, Field(ge=0)] | None = None
-    """Clip at 1 - low; none: as the preset."""
-    high: Annotated[float, Field(ge=0)] | None = None
-    """Clip at 1 + high; none: as the preset."""
-    dual: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip for negative advantages."""
+class Choice(Section):
+    """A registered function of an axis; every other key is a setting of it, checked against its signature."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = ""
+    """Its name; unset: the preset's; `none` removes an axis that an algorithm can do without."""
 
 
 class KL(Section):
-    estimator: Literal["k1", "k2", "k3", "k3+", "k3-is"] = "k3"
-    """Schulman's estimators; `k3+` has k3's value and k2's gradient."""
-    coef: Annotated[float, Field(ge=0)] = 0.001
-    """Weight of the term in the loss."""
+    estimator: str | None = None
+    """Schulman's estimators k1, k2, k3; `k3+` has k3's value and k2's gradient; `k3-is` is k3 times the ratio."""
+    coef: Annotated[float, Field(ge=0)] | None = None
+    """Its weight; 0 removes the term, and no reference model is kept."""
+    placement: str | None = None
+    """`loss`: a term of the loss; `reward`: subtracted from the reward of each token."""
+    input_clamp: Annotated[float, Field(gt=0)] | None = None
+    """Largest |log-ratio to the reference| that keeps its gradient."""
+    output_clamp: Annotated[float, Field(gt=0)] | None = None
+    """Largest |estimate| that keeps its gradient."""
+
+
+class Correction(Section):
+    """For the gap between rollout engine and learner: a weight for the policy term of each token."""
+
+    level: str | None = None
+    """token, sequence-product, sequence-mean (geometric), or token-current-over-rollout."""
+    mode: str = ""
+    """truncate (TIS), clip, mask (MIS, IcePop), filter-then-token-weight (geometric filter), or none."""
+    low: Annotated[float, Field(ge=0)] | None = None
+    """Lower bound on old / rollout at `level` (clip, mask, filter)."""
+    high: Annotated[float, Field(gt=0)] | None = None
+    """Upper bound."""
+    renormalise: bool | None = None
+    """Rejected tokens leave the denominators too."""
+
+
+class Value(Section):
+    """The critic's loss; its optimizer is `rl.critic`."""
+
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest move of a value per rollout that keeps its gradient; none: as the preset (0.2)."""
 
 
 class Algorithm(Section):
-    """An algorithm is a value on independent axes: a preset names one, and single axes override it."""
+    """An algorithm is a value on independent axes: a preset names one, and single axes override it.
 
-    preset: Literal["gspo", "grpo"] = "gspo"
-    """Where the axes below start from."""
-    advantage: Advantage | None = None
-    """Advantage estimator."""
-    ratio: Literal["none", "token", "sequence", "sequence-token"] | None = None
-    """Level of the importance ratio."""
-    gate: Gate | None = None
-    """What bounds the update."""
-    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] | None = None
-    """How token losses become one number, always with global denominators."""
+    An axis that is not given is the preset's.
+    """
+
+    preset: str = "gspo"
+    """Where the axes below start from: ppo, grpo, dr_grpo, dapo, gspo, gspo_token, sapo, cispo, gmpo, rloo,
+    reinforce_pp, reinforce_pp_baseline or minirl."""
+    advantage: Choice | None = None
+    """group (scale, eps, ddof, singleton), leave-one-out, group-mean-then-whiten, return-to-go, gae (gamma, lam, whiten)."""
+    ratio: str = ""
+    """none, token, sequence, sequence-token, sequence-product or geometric-mean-of-clipped."""
+    gate: Choice | None = None
+    """none, clip (low, high, dual), soft (tau_pos, tau_neg), stop-gradient-weight, log-clip or ratio-mask (low, high)."""
+    aggregate: str | None = None
+    """token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean or fixed-length, always with global denominators."""
     kl: KL | None = None
-    """Penalty towards the reference model; unset: as the preset; with coef 0 there is none and no reference is kept."""
+    """Penalty towards the reference model."""
+    filter: Choice | None = None
+    """dynamic-sampling: groups without a signal are replaced by fresh prompts."""
+    shaping: Choice | None = None
+    """soft-overlong (max_length, cache): a penalty for responses close to the budget."""
+    drop_truncated: bool | None = None
+    """Responses cut at the budget are not trained on (overlong filtering)."""
+    value: Value | None = None
+    """The critic's loss, for advantage gae."""
+    correction: Correction | None = None
+    """For the gap between rollout engine and learner."""
+    veto: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Drop a sequence with a token of old / rollout below this."""
+    off_policy_sequence_mask: Annotated[float, Field(gt=0)] | None = None
+    """Drop a sequence with a negative advantage that moved away from the old policy by more than this (nats a token)."""
+    ratio_base: str | None = None
+    """old, or rollout: the ratio is taken to the engine's log-probs and no old pass is made (bypass)."""
+    n_seq: str | None = None
+    """all: empty sequences count in denominators; valid: they do not."""
+    fixed_length: Positive | None = None
+    """Tokens that aggregate fixed-length divides by; none: rollout.max_response_tokens."""
+
+
+class Critic(Section):
+    """The value model, when the algorithm has one."""
+
+    init_from: str | None = None
+    """Checkpoint it starts from: a language model or a reward model; none: the policy's."""
+    optimizer: Optimizer = Optimizer(lr=2e-5)
+    """Its own optimizer and schedule; the schedule counts optimizer steps."""
+    warmup_steps: NonNegative = 0
+    """Rollout steps at the start in which only the critic is trained."""
 
 
 class RL(Section):
@@ -233,6 +306,10 @@ class RL(Section):
     """Prompts: `messages` or `prompt`, `answer`, optional `reward` name."""
     algorithm: Algorithm = Algorithm()
     """The policy-gradient loss."""
+    critic: Critic = Critic()
+    """The value model of an algorithm that has one."""
+    max_sampling_rounds: Positive = 8
+    """Rollouts per step, at most, until a filter has kept enough groups; then the step trains on what there is."""
     steps: Positive = 100
     """Rollout steps: sample, score, update, sync."""
     prompts_per_step: Positive = 16
@@ -278,11 +355,12 @@ class Rollout(Section):
 
 class Reward(Section):
     type: str = "exact_match"
-    """exact_match, regex, math_verify, reasoning_gym, http, or `module:function`."""
+    """exact_match, regex, math_verify, reasoning_gym, http, `module:function`, model (a reward model's score of prompt
+    and response), or weighted (a sum of named rewards)."""
     params: dict[str, Any] = {}
-    """Passed to the reward (pattern, url, ...)."""
+    """Passed to the reward (pattern, url, ...); of model: `path`; of weighted: `weights`, {name of a part: factor}."""
     named: dict[str, Reward] = {}
-    """Rewards that rows can choose by name."""
+    """Rewards that rows can choose by name, and the parts of a weighted one."""
     workers: Positive = 1
     """Scoring processes per rank."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 10
@@ -339,7 +417,7 @@ class Config(Section):
     seed: int = 1
     """Everything random in the run derives from it."""
     run_dir: str = "runs/default"
-    """Where everything the project writes goes: sft/, rl/, report.html."""
+    """Where everything the project writes goes: sft/, reward_model/, rl/, report.html."""
     resume: Literal["auto", "never"] = "never"
     """`auto`: continue from the newest checkpoint when there is one; `never`: refuse an existing run folder."""
     model: Model
@@ -348,6 +426,8 @@ class Config(Section):
     """Degrees of parallelism."""
     sft: SFT | None = None
     """Supervised warm start (`megarl sft`)."""
+    reward_model: RewardModel | None = None
+    """A reward model from preferences (`megarl reward-model`)."""
     rl: RL | None = None
     """Reinforcement learning (`megarl train`)."""
     rollout: Rollout = Rollout()

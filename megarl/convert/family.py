@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megarl.convert.hf_config import HARMLESS, Key, refuse_others, rope_theta
-from megarl.convert.rules import Rule
+from megarl.convert.rules import Rule, plain
 from megarl.errors import BadInput
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import Head, ModelSpec
 
 LAYER = "decoder.layers."
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+SCORE = plain(OUTPUT, "score.weight", "1H")  # the scalar head, in place of the output layer
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Family:
     """One family's configuration keys and weight rules."""
 
     model_type: str
-    architecture: str  # the transformers class of its checkpoints
+    architecture: str  # the transformers class of its language models
     keys: tuple[Key, ...]
     fixed: Mapping[str, tuple]  # config.json key -> values the learner computes with
     model: tuple[Rule, ...]  # outside the layers, embedding first
@@ -43,17 +44,14 @@ class Family:
         mapped = {name for key in self.keys for name in (key.name, *key.aliases)}
         mapped |= {*self.special, *self.extra_keys}
         refuse_others(config, mapped, self.fixed, HARMLESS, where)
-        architectures = config.get("architectures") or [self.architecture]
-        if self.architecture not in architectures:
-            raise BadInput(
-                f"{where}: architectures={architectures} is not supported; it must be [{self.architecture!r}]"
-            )
+        head = self._read_head(config, where)
         windowed = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
         if windowed:
             raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only 'full_attention' layers are supported")
         fields = {key.field: key.read(config, where) for key in self.keys}
         fields["rope_theta"] = rope_theta(config, where)
         spec = ModelSpec(family=self.model_type, qk_norm=self.qk_norm, **fields, **self.read_extra(config, where))
+        spec = replace(spec, head=head)
         if spec.num_heads % spec.num_kv_heads:
             raise BadInput(
                 f"{where}: num_attention_heads={spec.num_heads} must be a multiple of "
@@ -66,6 +64,7 @@ class Family:
     def write_config(self, spec: ModelSpec) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 and vLLM read as this model."""
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        config |= self.scorer_config() if spec.head == "scalar" else {}
         config |= {key.name: getattr(spec, key.field) for key in self.keys}
         config |= {
             "rope_theta": spec.rope_theta,
@@ -74,9 +73,36 @@ class Family:
         config |= {name: values[0] for name, values in self.fixed.items()}
         return config | self.write_extra(spec)
 
+    @property
+    def scorer(self) -> str:
+        """The transformers class of its reward models."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
+    def scorer_config(self) -> dict[str, Any]:
+        """The keys of config.json that make a reward model of a language model: one label, read as a number."""
+        one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return {"architectures": [self.scorer], "num_labels": 1, **one}
+
+    def _read_head(self, config: Mapping[str, Any], where: str) -> Head:
+        architectures = config.get("architectures") or [self.architecture]
+        if self.architecture in architectures:
+            return "lm"
+        if self.scorer not in architectures:
+            raise BadInput(
+                f"{where}: architectures={architectures} is not supported; it must be [{self.architecture!r}], "
+                f"or [{self.scorer!r}] for a reward model"
+            )
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+        if labels != 1:
+            raise BadInput(
+                f"{where}: architectures={architectures} with {labels} labels is no reward model, which has one; "
+                "set id2label to one entry if score.weight has one row"
+            )
+        return "scalar"
+
     def blocks(self, spec: ModelSpec) -> list[list[Rule]]:
         """All rules with full names, in blocks: the embedding, each layer, what follows the layers."""
-        model = [self._tied(rule) if spec.tie_embeddings else rule for rule in self.model]
+        model = [self._output(spec, rule) if rule.megatron == OUTPUT else rule for rule in self.model]
         layers = [
             [rule.under(f"{LAYER}{i}.", f"model.layers.{i}.") for rule in self.layer(spec, i)]
             for i in range(spec.num_layers)
@@ -84,9 +110,12 @@ class Family:
         return [model[:1], *layers, model[1:]]
 
     @staticmethod
-    def _tied(rule: Rule) -> Rule:
-        """With tied embeddings a last pipeline stage holds a copy of the embedding as its output layer."""
-        return replace(rule, hf=("model.embed_tokens.weight",), exported=False) if rule.megatron == OUTPUT else rule
+    def _output(spec: ModelSpec, rule: Rule) -> Rule:
+        if spec.head == "scalar":
+            return SCORE
+        if spec.tie_embeddings:  # a last pipeline stage holds a copy of the embedding as its output layer
+            return replace(rule, hf=("model.embed_tokens.weight",), exported=False)
+        return rule
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint, in the order of export."""

@@ -40,6 +40,28 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return read_json(Path(path) / "config.json", "give the folder of a Hugging Face checkpoint")
 
 
+def pad_token_id(path: str | Path) -> int | None:
+    """The padding token of a checkpoint folder: of config.json, the generation config, or the tokenizer; None: none.
+
+    transformers reads a reward model's score at the last token that is not this one.
+    """
+    folder = Path(path)
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            found = read_json(folder / name, "restore the checkpoint").get("pad_token_id")
+            if found is not None:
+                return found
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    token = read_json(folder / "tokenizer_config.json", "restore the tokenizer").get("pad_token")
+    token = token["content"] if isinstance(token, dict) else token
+    if token is None or not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = read_json(folder / "tokenizer.json", "restore the tokenizer")
+    known = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+    return known.get(token)
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 

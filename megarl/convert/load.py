@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megarl.convert.families import family
-from megarl.convert.family import LAYER
+from megarl.convert.family import LAYER, OUTPUT
 from megarl.convert.hf_io import HFReader, check_names, read_config
 from megarl.convert.rules import Rule, Shard
 from megarl.errors import BadInput, RunFailed
@@ -31,15 +32,18 @@ def read_spec(path: str | Path) -> ModelSpec:
 def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) -> None:
     """Fills this rank's chunks from a checkpoint folder, converting to the parameters' dtype.
 
-    Only the ranges this rank holds are read. Raises BadInput when the files are damaged or do not fit `spec`.
+    Only the ranges this rank holds are read. A model with a scalar head takes all but the head from a language model
+    and keeps its own. Raises BadInput when the files are damaged or do not fit `spec`.
     """
     table, reader, shard = family(spec.family), HFReader(path), Shard.of(mesh)
-    expected = set(table.hf_shapes(spec))
+    found = replace(spec, head=read_spec(path).head)
     ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tie_embeddings else ()))
-    check_names(reader, expected, ignored)
-    for rule, tensor in matched(chunks, spec).values():
-        for name, size in _shapes_on(rule, spec, shard).items():
-            reader.check(name, size)
+    check_names(reader, set(table.hf_shapes(found)), ignored)
+    for name, (rule, tensor) in matched(chunks, spec).items():
+        if name == OUTPUT and found.head != spec.head:
+            continue
+        for hf_name, size in _shapes_on(rule, spec, shard).items():
+            reader.check(hf_name, size)
         if tuple(tensor.shape) != rule.local_shape(spec, shard):
             raise RunFailed(
                 f"load: {rule.megatron} has shape {list(tensor.shape)} in the learner where the {spec.family} table "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from megarl.convert.families import family
-from megarl.convert.hf_io import ShardedWriter, copy_side_files, new_folder, one_line, read_config, write_json
+from megarl.convert.hf_io import (
+    ShardedWriter,
+    copy_side_files,
+    new_folder,
+    one_line,
+    pad_token_id,
+    read_config,
+    write_json,
+)
 from megarl.convert.load import read_spec
 from megarl.convert.stream import stream_hf
 from megarl.errors import BadInput, RunFailed
@@ -30,7 +39,8 @@ def save_hf(
     """Writes the model as a folder that transformers and vLLM load. Collective; rank 0 writes.
 
     `dtype`: precision of the weights, none: the learner's. `extra_from`: the checkpoint whose config.json, tokenizer
-    and generation config go along; none: only a config.json made from `spec`. The folder appears whole or not at all,
+    and generation config go along (of a reward model: the language model it was made from, or itself); none: only a
+    config.json made from `spec`. The folder appears whole or not at all,
     in one rename; an earlier export at the same place is replaced. Raises BadInput (on every rank) when `out_dir` holds
     something that is not an export or cannot be written, RunFailed when writing fails on the way.
     """
@@ -55,7 +65,7 @@ def save_hf(
 def _open(out: Path, spec: ModelSpec, extra_from, max_bytes: int, stack: ExitStack) -> ShardedWriter:
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").exists())):
         raise BadInput(f"{out}: exists and is not an earlier export; give another folder")
-    if extra_from is not None and read_spec(extra_from) != spec:
+    if extra_from is not None and replace(read_spec(extra_from), head=spec.head) != spec:
         raise BadInput(f"{extra_from}/config.json: describes another model than the one to export; give its own folder")
     return ShardedWriter(stack.enter_context(new_folder(out)), max_bytes)
 
@@ -64,6 +74,8 @@ def _finish(writer: ShardedWriter, spec: ModelSpec, extra_from, dtype: torch.dty
     writer.close()
     config = family(spec.family).write_config(spec) if extra_from is None else read_config(extra_from)
     if extra_from is not None:
+        if spec.head == "scalar":
+            config |= family(spec.family).scorer_config() | {"pad_token_id": pad_token_id(extra_from)}
         copy_side_files(extra_from, writer.folder)
     write_json(writer.folder / "config.json", with_dtype(config, dtype))
     stack.close()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # What the field names of a row mean to megarl itself; all others reach the reward as metadata.
 OWN_FIELDS = {"messages", "prompt", "response", "answer", "reward", "text"}
 
-# `(reward name or None) -> "answer", "entry" or None`: the field a row must have for its reward; raises BadInput for
-# an unknown name. `megarl.rewards.required_field` with the config's reward bound.
-RequiredField = Callable[[str | None], str | None]
+# `(reward name or None) -> fields`: those of "answer" and "entry" that a row must have for its reward; raises BadInput
+# for an unknown name. `megarl.rewards.required_field` with the config's reward bound.
+RequiredField = Callable[[str | None], tuple[str, ...]]
 
 
 class PromptSource:
@@ -140,8 +140,10 @@ def _prompt(
             needed = required_field(reward)
         except BadInput as error:
             raise BadInput(f"{row.origin}: {error}") from None
-        if needed and row.get(needed) is None:
-            raise BadInput(f"{row.origin}: no {needed}, which reward {reward or 'of the config'} needs; add the field")
+        for field in needed:
+            if row.get(field) is None:
+                who = reward or "of the config"
+                raise BadInput(f"{row.origin}: no {field}, which reward {who} needs; add the field")
     answer = row.get("answer")
     if not (answer is None or isinstance(answer, str | int | float)):
         raise BadInput(f"{row.origin}: answer is {answer!r:.80}; set a text or a number")

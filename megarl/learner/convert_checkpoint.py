@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megarl.checkpoint import load_model, save_model
+from megarl.checkpoint import load_model, model_role, save_model
 from megarl.config import load_config
 from megarl.config.schema import Model, Parallel
 from megarl.convert import load_hf, read_spec, save_hf
 from megarl.convert.hf_io import copy_side_files, new_folder, read_config
 from megarl.errors import BadInput
+from megarl.learner.policy import Role
 from megarl.models.build import build_model
 from megarl.parallel import Mesh
 
@@ -23,17 +25,22 @@ def convert_checkpoint(src: str | Path, dst: str | Path, to: Literal["hf", "mega
 
     A Megatron checkpoint is a folder with `shards/` and, in `hf/`, the config.json and tokenizer of its model; a
     checkpoint of a run may lack the latter and takes them from the model its run's config.yaml names. `dst` appears
-    whole or not at all. Raises BadInput when `src` is not a checkpoint of the other format or `dst` cannot be written.
+    whole or not at all. Of a run's checkpoint the policy is converted, of `megarl reward-model`'s the reward model.
+    Raises BadInput when `src` is not a checkpoint of the other format or `dst` cannot be written.
     """
     source, target = Path(src), Path(dst)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise BadInput(f"{target}: exists; give a folder that does not")
     model = model_of_folder(source) if to == "megatron" else model_of_checkpoint(source)
     side, spec = Path(model.path), read_spec(model.path)
+    role: Role = "reward" if spec.head == "scalar" else "policy"
     mesh = Mesh.build(parallel)
+    if to == "hf":
+        role = model_role(source / SHARDS)
+        spec = replace(spec, head="scalar" if role == "reward" else "lm")
     chunks = build_model(spec, model, mesh)
     if to == "hf":
-        load_model(source / SHARDS, chunks)
+        load_model(source / SHARDS, chunks, role)
         save_hf(target, chunks, spec, mesh, extra_from=side)
         return
     load_hf(source, chunks, spec, mesh)
@@ -44,7 +51,7 @@ def convert_checkpoint(src: str | Path, dst: str | Path, to: Literal["hf", "mega
             (folder / SIDE_FILES).mkdir()
             copy_side_files(source, folder / SIDE_FILES)
         folder = mesh.broadcast_object(folder)
-        save_model(folder / SHARDS, chunks)
+        save_model(folder / SHARDS, chunks, role)
         mesh.barrier()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from megarl import platform
 from megarl.config.schema import Config, Optimizer
 from megarl.convert import load_hf, read_spec
+from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule
 from megarl.metrics import Max, Mean, Metric, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
@@ -22,7 +23,7 @@ from megarl.models.log_probs import token_log_probs
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
-from megarl.types import Batch, MicroBatch, SequenceShards
+from megarl.types import MicroBatch, SequenceShards
 
 platform.setup()
 
@@ -37,8 +38,11 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
 Role = Literal["policy", "reference", "critic", "reward"]
-# (the micro-batch's tokens on the device, log-probs [n], entropy [n], shards) -> its share of the step's loss, metrics
-LossFunction = Callable[[Batch, Tensor, Tensor, SequenceShards], tuple[Tensor, dict[str, Metric]]]
+# (the micro-batch's tokens on the device, *what the role's output is read as, shards) -> its share of the step's loss,
+# metrics. Between batch and shards stand, by role: log-probs [n] and entropy [n]; values [n] of a critic; scores [S] of
+# a reward model.
+LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
+SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ class StepResult:
 
 
 class Policy:
-    """A Megatron-core model on this rank's part of the mesh, for training (`optimizer` given) or for scoring."""
+    """A Megatron-core model on this rank's part of the mesh, for training (`optimizer` given) or for scoring.
+
+    Roles `policy` and `reference` have a language model's head; `critic` and `reward` one number a token: a critic's
+    value of the state before each token, a reward model's score of a sequence at its last token.
+    """
 
     def __init__(
         self,
@@ -63,7 +71,8 @@ class Policy:
         total_steps: int = 1,
         temperature: float = 1.0,
     ) -> None:
-        self.spec, self.mesh, self.role = spec, mesh, role
+        self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
+        self.mesh, self.role = mesh, role
         self.temperature = temperature
         self.config = transformer_config(spec, cfg.model, mesh)
         dtype = DTYPES[cfg.model.dtype]
@@ -84,9 +93,16 @@ class Policy:
         self._run = get_forward_backward_func()
 
     @classmethod
-    def from_hf(cls, path: str | Path, cfg: Config, mesh: Mesh, **settings: Any) -> Policy:
-        """A policy with the weights of a Hugging Face folder. Raises BadInput when it cannot be read."""
-        policy = cls(read_spec(path), cfg, mesh, **settings)
+    def from_hf(cls, path: str | Path, cfg: Config, mesh: Mesh, role: Role = "policy", **settings: Any) -> Policy:
+        """A model with the weights of a Hugging Face folder.
+
+        A critic or reward model takes a reward model's folder, or a language model's: its head is then 0. Raises
+        BadInput when the folder cannot be read, or is a reward model's and the role needs logits.
+        """
+        spec = read_spec(path)
+        if spec.head == "scalar" and role not in SCALAR_ROLES:
+            raise BadInput(f"{path}: a reward model cannot be the {role}; give the folder of a language model")
+        policy = cls(spec, cfg, mesh, role, **settings)
         policy.load_hf(path)
         return policy
 
@@ -100,7 +116,6 @@ class Policy:
         """The learning rate of the next optimizer step."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
 
-    @torch.no_grad()
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -109,15 +124,23 @@ class Policy:
         The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
         `temperature`: of the softmax, None: the one sampled with.
         """
-
-        def collected(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-            log_probs, entropy = self._token_log_probs(micro_batch, logits, temperature)
-            return log_probs.cpu(), entropy.cpu()
-
-        with self._evaluating():
-            outputs = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
-        outputs = outputs if self.mesh.is_last_stage else []
+        outputs = self._outputs(micro_batches, temperature)
         return [o[0] for o in outputs], [o[1] for o in outputs]
+
+    def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Of a critic: the value `[n]` of the state before each real token, float32 on the CPU; empty off the last stage.
+
+        Entry t is the head's output at t - 1, the shift of `log_probs`: entry 0, and the first token of any later
+        sequence, mean nothing.
+        """
+        return [values for (values,) in self._outputs(micro_batches)]
+
+    def scores(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Of a reward model: the head's output `[S]` at the last token of each sequence, float32 on the CPU.
+
+        Empty off the last stage.
+        """
+        return [scores for (scores,) in self._outputs(micro_batches)]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
@@ -130,8 +153,8 @@ class Policy:
         self.optimizer.zero_grad()
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
-        def wrapped(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, logits, loss), logits, scale)
+        def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+            return _megatron_loss(*self._loss(micro_batch, out, loss), out, scale)
 
         collected = self._forward_backward(micro_batches, wrapped, forward_only=False)
         lr = self.next_lr()
@@ -140,14 +163,15 @@ class Policy:
         if self.mesh.is_last_stage and self.mesh.tp_rank == 0:  # the other ranks would repeat the same numbers
             for item in collected:
                 merge(metrics, item)
-        metrics |= {"policy/grad_norm": Mean(grad_norm), "policy/grad_norm_max": Max(grad_norm), "policy/lr": Mean(lr)}
+        own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
+        metrics |= {f"{self.role}/{name}": metric for name, metric in own.items()}
         return StepResult(applied, grad_norm, metrics)
 
     def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
         """The loss's metrics over this rank's micro-batches, without a gradient."""
 
-        def wrapped(micro_batch: MicroBatch, logits: Tensor) -> dict[str, Metric]:
-            return self._loss(micro_batch, logits, loss)[1]
+        def wrapped(micro_batch: MicroBatch, out: Tensor) -> dict[str, Metric]:
+            return self._loss(micro_batch, out, loss)[1]
 
         with self._evaluating(), torch.no_grad():
             collected = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
@@ -183,7 +207,10 @@ class Policy:
     def _forward_backward(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable, forward_only: bool, collect: bool = False
     ) -> list[Any]:
-        """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, logits)` runs on the last one."""
+        """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, out)` runs on the last one.
+
+        `out` is what the head gives: `[1, n, V / tp]` logits, or `[1, n, 1]`.
+        """
         rows = [self._row(micro_batch) for micro_batch in micro_batches]
 
         def step(data: Iterator, model: Any) -> tuple[Tensor, Callable]:
@@ -191,8 +218,8 @@ class Policy:
             tokens = micro_batch.tokens.to(platform.device())[None]
             out = model(tokens, row.position_ids[None], None, packed_seq_params=row)
             if collect:
-                return out, lambda logits, non_loss_data=True: last_stage(micro_batch, logits)
-            return out, lambda logits: last_stage(micro_batch, logits)
+                return out, lambda out, non_loss_data=True: last_stage(micro_batch, out)
+            return out, lambda out: last_stage(micro_batch, out)
 
         iterators = [iter(list(zip(micro_batches, rows, strict=True))) for _ in self.chunks]
         return self._run(
@@ -215,26 +242,44 @@ class Policy:
             self.spec.rope_theta,
         )
 
-    def _token_log_probs(
-        self, micro_batch: MicroBatch, logits: Tensor, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy `[n]` of the real tokens (padding cut off)."""
-        tokens = micro_batch.tokens.to(logits.device)
-        log_probs, entropy = token_log_probs(
-            logits[0], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
-        )
+    @torch.no_grad()
+    def _outputs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """`_read` of each micro-batch, on the CPU; empty off the last stage."""
+
+        def collected(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, ...]:
+            return tuple(tensor.cpu() for tensor in self._read(micro_batch, out, temperature))
+
+        with self._evaluating():
+            outputs = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
+        return outputs if self.mesh.is_last_stage else []
+
+    def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
+        """What a loss of this role gets of the head's output (padding cut off), differentiable.
+
+        Log-probs and entropy `[n]`; values `[n]`, each at the token its state comes before; or scores `[S]`.
+        """
         real = micro_batch.batch.tokens.numel()
+        if self.role in SCALAR_ROLES:
+            numbers = out[0, :, 0]
+            if self.role == "reward":
+                return (numbers[micro_batch.batch.offsets()[1:].to(out.device) - 1],)
+            return (torch.cat([numbers.new_zeros(1), numbers[:-1]])[:real],)
+        tokens = micro_batch.tokens.to(out.device)
+        log_probs, entropy = token_log_probs(
+            out[0], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
+        )
         return log_probs[:real], entropy[:real]
 
-    def _loss(self, micro_batch: MicroBatch, logits: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
-        log_probs, entropy = self._token_log_probs(micro_batch, logits)
-        batch = micro_batch.batch.to(logits.device)
+    def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
+        batch = micro_batch.batch.to(out.device)
         shards = SequenceShards(batch.sequence_ids(), len(batch))
-        return loss(batch, log_probs, entropy, shards)
+        return loss(batch, *self._read(micro_batch, out), shards)
 
 
 def _megatron_loss(
-    loss: Tensor, metrics: dict[str, Metric], logits: Tensor, scale: int
+    loss: Tensor, metrics: dict[str, Metric], out: Tensor, scale: int
 ) -> tuple[Tensor, Tensor, dict[str, Metric]]:
     """The seam to Megatron's loss scaling: the only place that undoes it.
 
@@ -243,5 +288,5 @@ def _megatron_loss(
     product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
     token.
     """
-    loss = loss * scale + 0.0 * logits.float().sum()
-    return loss, torch.ones((), dtype=torch.int, device=logits.device), metrics
+    loss = loss * scale + 0.0 * out.float().sum()
+    return loss, torch.ones((), dtype=torch.int, device=out.device), metrics

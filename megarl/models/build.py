@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     get_transformer_layer_offset,
 )
 
+from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
 from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
 from megarl.models.moe.experts import GroupedExperts  # noqa: E402
 
@@ -78,8 +79,9 @@ def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh) -> Transformer
         pipeline_model_parallel_size=mesh.pp,
         virtual_pipeline_model_parallel_size=mesh.vpp,
         context_parallel_size=mesh.cp,
-        expert_model_parallel_size=mesh.ep,
-        expert_tensor_parallel_size=mesh.etp,
+        # a dense model beside an MoE one, such as its reward model, is whole on every expert-parallel rank
+        expert_model_parallel_size=mesh.ep if spec.is_moe else 1,
+        expert_tensor_parallel_size=mesh.etp if spec.is_moe else 1,
         variable_seq_lengths=mesh.pp > 1,  # micro-batches are packed to different lengths
         # with two stages and virtual stages the batched send/receive pairs the wrong messages, without an error
         overlap_p2p_comm=bool(mesh.vpp and mesh.vpp > 1),
@@ -115,6 +117,7 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
 def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
     """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
 
+    With `spec.head == "scalar"` the last stage ends in a `ScalarHead` of zeros that shares nothing with the embedding.
     Raises BadInput when the layer provider is not available.
     """
     if model.layers == "te":
@@ -137,9 +140,11 @@ def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
             pre_process=first,
             post_process=last,
             parallel_output=True,
-            share_embeddings_and_output_weights=spec.tie_embeddings,
+            share_embeddings_and_output_weights=spec.tie_embeddings and spec.head == "lm",
             position_embedding_type="none",  # the attention applies rotary positions from the packed row
             vp_stage=vp_stage,
         )
+        if last and spec.head == "scalar":
+            chunk.output_layer = ScalarHead(config, mesh.tp_group)
         chunks.append(chunk.to(platform.device()))
     return chunks

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Head = Literal["lm", "scalar"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class ModelSpec:
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = True  # renormalise the k gate values
     moe_layers: tuple[int, ...] = ()  # indices of the MoE layers, ascending
+    head: Head = "lm"  # after the last layer: logits over the vocabulary, or one number (critic, reward model)
 
     @property
     def is_moe(self) -> bool:

@@ -21,6 +21,7 @@ NAME = "cpu"
 BACKEND = "gloo"
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_KEPT = 32 << 20  # bytes
 FACTORIES = [
     "tensor",
     "empty",
@@ -156,11 +157,12 @@ def _patch_tensor_type() -> None:
 
 
 def _keep_memory() -> None:
-    """Freed memory stays with the process.
+    """Freed blocks below `LARGEST_KEPT` stay with the process.
 
     By default glibc gives the activations back after every step and gets them again, page fault by page fault, in the
-    next: a fifth of a step where faults are dear (virtual machines, containers).
+    next: a fifth of a step where faults are dear (virtual machines, containers). Larger blocks go back one by one, so
+    that what is left between them does not add up: kept too, they made a streamed conversion hold the model twice.
     """
     library = ctypes.CDLL(None)
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        library.mallopt(option, 2**31 - 1)
+    for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, LARGEST_KEPT)):
+        library.mallopt(option, value)

@@ -3,15 +3,25 @@
 Names of the metrics in `metrics.jsonl`, one object a step, `step` counted from 1 (0 = before the first update):
 
 RL (`rl/metrics.jsonl`)
+- `reward/<name>` each part of a weighted reward, before its factor
 - `reward/mean` shaped reward, `reward/score` unshaped verifier score (the accuracy of the samples where scores are
   0 or 1), `reward/failed_fraction` responses that could not be scored
 - `response/length_mean`, `response/length_max` in tokens, `response/truncated_fraction`
-- `groups/zero_std_fraction` prompt groups without a learning signal
+- `groups/zero_std_fraction` sampled prompt groups without a learning signal, `groups/all_right_fraction`,
+  `groups/all_wrong_fraction`; with a filter `groups/sampled`, `groups/kept`, `groups/sampling_rounds`,
+  `groups/carried_over` to the next step; `groups/trained_without_signal_fraction` of those trained on
 - `policy/loss`, `policy/grad_norm` before clipping, `policy/lr`, `policy/entropy` nats per token, full softmax
 - `policy/clip_high_frac`, `policy/clip_low_frac`, `policy/clip_frac` share of trained tokens, `policy/clip_seq_frac`
   share of sequences, `policy/zero_grad_frac` tokens without a policy gradient (clipped, or advantage 0)
 - `policy/ratio_mean`, `policy/ratio_min`, `policy/ratio_max` at the algorithm's level; `policy/log_ratio_seq_std`
   spread of log s_i over sequences; `policy/kl_old_k1`, `policy/kl_old_k3`, `policy/kl_ref`
+- `policy/gate_mean`, `policy/gate_min` of a soft gate, and both by the sign of the advantage (`_pos`, `_neg`);
+  `policy/gate_half_closed_frac` tokens with a gate below 1/2; `policy/ratio_p99`
+- `critic/loss`, `critic/explained_variance`, `critic/clip_frac`, `critic/value_mean`, `critic/return_mean`,
+  `critic/return_std`, `critic/grad_norm`, `critic/lr`
+- `mismatch/rho_*` old / rollout per token, per sequence (geometric mean) and product, `mismatch/kl_k1`,
+  `mismatch/kl_k3`, `mismatch/logprob_gap`, `mismatch/log_ppl_difference`, `mismatch/chi2`: before any rejection;
+  `mismatch/weight_mean`, `mismatch/kept_frac`, `mismatch/ess` of the weights
 - `gap/logprob_mean`, `gap/logprob_max` |old - rollout| log-prob over sampled tokens
 - `sync/gap_mean`, `sync/gap_max` the same on the probe sequences of a weight sync, `sync/seconds`
 - `time/{sync,generate,reward,old_log_probs,update,eval,...}` seconds, mean over ranks; `time/step` slowest rank
@@ -20,6 +30,10 @@ RL (`rl/metrics.jsonl`)
 
 SFT (`sft/metrics.jsonl`): `sft/loss`, `sft/validation_loss`, `sft/lr`, `sft/grad_norm`, `time/step`, `memory/rss_gib`,
 `throughput/learner_tokens_per_second`.
+
+Reward model (`reward_model/metrics.jsonl`): as SFT with `reward_model/loss`, ..., and `reward_model/accuracy` share of
+pairs whose chosen side scores higher, `reward_model/margin` chosen minus rejected score, `reward_model/score_mean`,
+`reward_model/validation_loss`, `reward_model/validation_accuracy`.
 
 `rl/eval.jsonl` has `step`, `accuracy`, `problems`, `source`; `rl/rollouts/step_*.jsonl` one trajectory a line with
 `prompt`, `response`, `answer`, `score`, `shaped_reward`, `finish_reason`, `response_ids`, ...
@@ -52,6 +66,7 @@ class RunData:
     config_text: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
     sft: list[Row] = field(default_factory=list)
+    reward_model: list[Row] = field(default_factory=list)
     rl: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
     rollouts: list[tuple[int, list[Row]]] = field(default_factory=list)  # the first and the last recorded step
@@ -77,11 +92,12 @@ def load_run(run_dir: Path) -> RunData:
         config_text=config_text,
         summary=_summary(run_dir / "summary.json"),
         sft=_by_step(read_jsonl(run_dir / "sft" / "metrics.jsonl")),
+        reward_model=_by_step(read_jsonl(run_dir / "reward_model" / "metrics.jsonl")),
         rl=_by_step(read_jsonl(run_dir / "rl" / "metrics.jsonl")),
         evals=_by_step(read_jsonl(run_dir / "rl" / "eval.jsonl")),
         rollouts=_first_and_last_rollouts(run_dir / "rl" / "rollouts"),
     )
-    if not (data.sft or data.rl or data.evals or data.summary):
+    if not (data.sft or data.reward_model or data.rl or data.evals or data.summary):
         files = "sft/metrics.jsonl, rl/metrics.jsonl"
         raise BadInput(f"{run_dir}: no metrics yet ({files}); run megarl sft or megarl train first")
     return data
@@ -126,7 +142,7 @@ def figures(data: RunData) -> dict[str, Any]:
         "learner_tokens_per_second": mean_of(data.rl, "throughput/learner_tokens_per_second"),
         "logprob_gap_mean": mean_of(data.rl, "gap/logprob_mean"),
         "logprob_gap_max": max_of(data.rl, "gap/logprob_max"),
-        "peak_rss_gib": max_of(data.rl + data.sft, "memory/rss_gib"),
+        "peak_rss_gib": max_of(data.rl + data.reward_model + data.sft, "memory/rss_gib"),
     }
     overall = eval_points(data)
     rows = overall.get("all") or next(iter(overall.values()), [])

@@ -118,13 +118,13 @@ def _generated_shape(shape: dict[str, Any] | None) -> str:
 def _algorithm(rl: dict[str, Any]) -> str:
     chosen = rl.get("algorithm") or {}
     axes = [str(chosen.get("preset", "gspo")).upper()]
-    for axis in ("advantage", "ratio", "gate", "aggregate", "kl"):
+    for axis in ("advantage", "ratio", "gate", "aggregate", "kl", "filter", "shaping", "value", "correction"):
         value = chosen.get(axis)
         if isinstance(value, dict):
-            given = {k: v for k, v in value.items() if v is not None}
+            given = {k: v for k, v in value.items() if v is not None and v != ""}
             kind = given.pop("type", given.pop("estimator", ""))
             value = f"{kind} ({', '.join(f'{k} {v}' for k, v in given.items())})" if given else kind
-        if value is not None:
+        if value is not None and value != "":
             axes.append(f"{axis} {value}")
     lr = (rl.get("optimizer") or {}).get("lr")
     return "; ".join(axes + ([f"lr {lr:g}"] if isinstance(lr, int | float) else []))

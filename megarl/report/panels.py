@@ -24,6 +24,7 @@ def _sections(data: RunData) -> list[Section]:
         ("agreement", "Learner and engine agreement", _agreement(data)),
         ("cost", "Time and memory", _cost(data.rl)),
         ("sft", "Supervised warm start", _sft(data.sft)),
+        ("reward-model", "Reward model", _reward_model(data.reward_model)),
     ]
 
 
@@ -131,8 +132,29 @@ def _update(rl: list[Row]) -> list[Chart]:
             log=True,
         ),
         Chart(
+            "Soft gate",
+            "What multiplies the unbounded gradient, by the sign of the advantage.",
+            _series(
+                rl,
+                ("A > 0", "policy/gate_mean_pos"),
+                ("A < 0", "policy/gate_mean_neg"),
+                ("smallest", "policy/gate_min"),
+            ),
+        ),
+        Chart(
+            "Explained variance of the value model",
+            "1 - Var(return - value) / Var(return): 1 is perfect, 0 is no better than the mean.",
+            _series(rl, ("explained variance", "critic/explained_variance"), smooth=True),
+        ),
+        Chart(
+            "Value loss",
+            "Half the squared error under the token weights.",
+            _series(rl, ("loss", "critic/loss"), smooth=True),
+            from_zero=True,
+        ),
+        Chart(
             "KL to the reference",
-            "The estimator of the loss, per token.",
+            "The estimator of the loss or of the reward, per token.",
             _series(rl, ("KL", "policy/kl_ref"), smooth=True),
         ),
         Chart(
@@ -163,6 +185,12 @@ def _agreement(data: RunData) -> list[Chart]:
             "Absolute difference between the learner's and the engine's log-prob of the same token.",
             _series(data.rl, ("largest", "gap/logprob_max"), ("mean", "gap/logprob_mean")),
             log=True,
+        ),
+        Chart(
+            "Correction for the gap",
+            "Weights of the policy term: the share of tokens kept, and the effective sample size.",
+            _series(data.rl, ("kept", "mismatch/kept_frac"), ("effective sample size", "mismatch/ess")),
+            unit="%",
         ),
         Chart(
             "Log-prob gap at weight sync",
@@ -231,6 +259,31 @@ def _sft(sft: list[Row]) -> list[Chart]:
             from_zero=True,
         ),
         Chart("SFT time per step", "Slowest rank.", _series(sft, ("step", "time/step")), unit="s", from_zero=True),
+    ]
+
+
+def _reward_model(rows: list[Row]) -> list[Chart]:
+    name = "reward_model"
+    return [
+        Chart(
+            "Preference loss",
+            "-log sigmoid of the margin, training and validation; log 2 = 0.69 is a coin.",
+            _series(rows, ("training pairs", f"{name}/loss"), smooth=True)
+            + _series(rows, ("validation pairs", f"{name}/validation_loss")),
+        ),
+        Chart(
+            "Preference accuracy",
+            "Pairs whose chosen side scores higher, training and validation.",
+            _series(rows, ("training pairs", f"{name}/accuracy"), smooth=True)
+            + _series(rows, ("validation pairs", f"{name}/validation_accuracy")),
+            unit="%",
+            from_zero=True,
+        ),
+        Chart(
+            "Preference margin",
+            "Score of the chosen minus score of the rejected side.",
+            _series(rows, ("margin", f"{name}/margin"), smooth=True),
+        ),
     ]
 
 

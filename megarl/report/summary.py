@@ -16,19 +16,19 @@ def write_summary(run_dir: Path, world_size: int, machine: dict[str, str]) -> di
     `wall_seconds` adds up what every command of the project took, from its start to its end, interruptions excluded;
     `peak_rss_gib` is the largest memory that all ranks of one command and their children held together.
     """
-    sft, rl = (read_jsonl(run_dir / part / "metrics.jsonl") for part in ("sft", "rl"))
+    sft, scorer, rl = (read_jsonl(run_dir / part / "metrics.jsonl") for part in ("sft", "reward_model", "rl"))
     evaluated = [row for row in rl if row.get("eval/accuracy") is not None]
     steps = [row for row in rl if row["step"] > 0]
     summary: dict[str, Any] = {
         "sft_accuracy": evaluated[0]["eval/accuracy"] if evaluated else None,
         "rl_accuracy": evaluated[-1]["eval/accuracy"] if evaluated else None,
-        "wall_seconds": sum(rows[-1]["clock/seconds"] for rows in (sft, rl) if rows),
+        "wall_seconds": sum(rows[-1]["clock/seconds"] for rows in (sft, scorer, rl) if rows),
         "steps": len(steps),
         "rollout_tokens_per_second": _rate(steps, "throughput/rollout_tokens_per_second", "time/generate"),
         "learner_tokens_per_second": _rate(steps, "throughput/learner_tokens_per_second", "time/update"),
         "logprob_gap_mean": max((row["sync/gap_mean"] for row in steps), default=None),
         "logprob_gap_max": max((row["sync/gap_max"] for row in steps), default=None),
-        "peak_rss_gib": max((row["memory/peak_rss_gib"] for row in (*sft, *steps)), default=None),
+        "peak_rss_gib": max((row["memory/peak_rss_gib"] for row in (*sft, *scorer, *steps)), default=None),
         "clip_fraction": _mean(steps, "policy/clip_seq_frac"),
         "sft_seconds": sft[-1]["clock/seconds"] if sft else None,
         "rl_seconds": rl[-1]["clock/seconds"] if rl else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -18,7 +19,7 @@ import megarl
 from megarl.errors import BadInput, RunFailed
 from megarl.rewards.frames import take_frames, write_frame
 from megarl.rewards.judge import HttpJudge
-from megarl.rewards.registry import all_rewards, check_reward, required_field
+from megarl.rewards.registry import check_reward, required_field, verifiers
 
 if TYPE_CHECKING:
     from megarl.config.schema import Reward
@@ -70,7 +71,7 @@ class _Worker:
 
 
 class RewardRunner:
-    """Worker processes for one rank.
+    """Worker processes for one rank, for the verifiers among the rewards (none without any).
 
     Started before vLLM and gloo make threads, from a thread that lives as long as the runner (Linux ends the workers
     with the thread that started them). Workers are plain interpreters in sessions of their own: Ctrl-C does not reach
@@ -82,14 +83,14 @@ class RewardRunner:
     def __init__(self, reward: Reward) -> None:
         check_reward(reward)
         self.reward = reward
-        self._rewards = all_rewards(reward)
+        self._rewards = verifiers(reward)
         self._params = {name: _params(one) for name, one in self._rewards.items()}
         self._limits = {name: _time_limit(one, self._params[name]) for name, one in self._rewards.items()}
         self._batches = {name: one.type == "http" for name, one in self._rewards.items()}
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         try:
-            self._workers += [self._start() for _ in range(reward.workers)]
+            self._workers += [self._start() for _ in range(reward.workers if self._rewards else 0)]
             while not all(worker.ready for worker in self._workers):
                 for worker in self._wait():
                     self._read_ready(worker)
@@ -109,12 +110,15 @@ class RewardRunner:
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[ScoreResult]:
         """One result per `(prompt, response text)`, in order.
 
-        A response whose verifier raises, returns no finite number, exceeds its `timeout_seconds` or ends its process
-        gets `failed_score`. Raises RunFailed at once when time-outs and crashes alone exceed `max_failed_fraction` of
-        the items: waiting for each of them could take hours. Raises BadInput for an unknown reward name.
+        A response whose verifier raises, returns no number or infinity, exceeds its `timeout_seconds` or ends its
+        process gets `failed_score`; one whose verifier returns NaN keeps it, and has failed as well. Raises RunFailed
+        at once when time-outs and crashes alone exceed `max_failed_fraction` of the items: waiting for each of them
+        could take hours. Raises BadInput for a name that is no verifier's.
         """
-        for name in {prompt.reward for prompt, _ in items}:
+        for name in {prompt.reward for prompt, _ in items} - set(self._rewards):
             required_field(self.reward, name)
+            known = ", ".join(sorted(filter(None, self._rewards))) or "none is named"
+            raise BadInput(f"reward {name or 'of the config'} is no verifier; name one that is ({known})")
         results: list[ScoreResult | None] = [None] * len(items)
         queue = deque(self._split(items))
         slow: list[str] = []
@@ -188,7 +192,7 @@ class RewardRunner:
             if frame is None:
                 continue
             score, reason, seconds = frame
-            score = self._rewards[chunk.name].failed_score if reason else score
+            score = self._rewards[chunk.name].failed_score if reason and not math.isnan(score) else score
             results[chunk.indices[chunk.done]] = ScoreResult(score, bool(reason), reason, seconds)
             chunk.done += 1
             if chunk.done == len(chunk.indices):

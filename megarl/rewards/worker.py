@@ -35,12 +35,14 @@ def one_line(error: BaseException) -> str:
 
 
 def checked(score: Any) -> tuple[float, str]:
-    """A finite float and "", or 0.0 and why it is none."""
+    """A finite float and ""; NaN, "not scorable", and why; or 0.0 and why it is no number."""
     try:
         value = float(score)
     except (TypeError, ValueError):
         return 0.0, f"the reward returned {score!r:.100}, not a number"
-    return (value, "") if math.isfinite(value) else (0.0, f"the reward returned {value}")
+    return (
+        (value, "") if math.isfinite(value) else (value if math.isnan(value) else 0.0, f"the reward returned {value}")
+    )
 
 
 def score_one(function: Any, item: tuple) -> tuple[float, str]:

@@ -146,11 +146,30 @@ def starting_checkpoint(cfg: Config, mesh: Mesh) -> str:
     return cfg.model.path
 
 
-def check_applied(result: StepResult, where: str) -> None:
-    """Raises RunFailed for a step whose gradient was not finite: nothing was changed, and going on would hide it."""
+def start_path(cfg: Config, mesh: Mesh, part: str, init_from: str) -> str:
+    """The checkpoint a part of the project starts from: its SFT result, or `model.path`. Collective.
+
+    Raises BadInput when the SFT result is asked for and not there.
+    """
+    if init_from == "sft" and cfg.sft is not None:
+        path = Path(cfg.run_dir) / "sft" / "hf"
+        if not (path / "config.json").exists():
+            raise BadInput(
+                f"{path}: no SFT result; run `megarl sft` on this config first, or set {part}.init_from=model"
+            )
+        return str(path)
+    return starting_checkpoint(cfg, mesh)
+
+
+def check_applied(result: StepResult, where: str, kept: Path | None = None) -> None:
+    """Raises RunFailed for a step whose gradient was not finite: nothing was changed, and going on would hide it.
+
+    `kept`: where the step's micro-batches were saved.
+    """
     if not result.applied:
+        saved = f" Its micro-batches are in {kept}." if kept is not None else ""
         raise RunFailed(
-            f"{where}: the gradient norm is {result.grad_norm}; no weight was changed. "
+            f"{where}: the gradient norm is {result.grad_norm}; no weight was changed.{saved} "
             "Lower the learning rate, or look at the step's trajectories in rollouts/"
         )
 

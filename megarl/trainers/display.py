@@ -63,8 +63,9 @@ class Phases:
 class Display:
     """The main rank's view of a run. Use it as a context manager; every method is safe on any rank and stream.
 
-    `title` says what runs ("rl", "sft"); `total` steps, of which `start` are already done. `stream` is where a person
-    looks (the real terminal, when standard output goes to a log). Other ranks pass `is_main=False` and show nothing.
+    `title` says what runs ("rl", "sft", "reward_model"); `total` steps, of which `start` are already done. `stream` is
+    where a person looks (the real terminal, when standard output goes to a log). Other ranks pass `is_main=False` and
+    show nothing.
     """
 
     def __init__(
@@ -183,6 +184,10 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out", "eval/accuracy", lambda x: f"{x:.1%}"),
     ("loss", "sft/loss", lambda x: f"{x:.4f}"),
     ("validation", "sft/validation_loss", lambda x: f"{x:.4f}"),
+    ("loss", "reward_model/loss", lambda x: f"{x:.4f}"),
+    ("accuracy", "reward_model/accuracy", lambda x: f"{x:.1%}"),
+    ("margin", "reward_model/margin", lambda x: f"{x:.3f}"),
+    ("validation", "reward_model/validation_accuracy", lambda x: f"{x:.1%}"),
     ("length", "response/length_mean", lambda x: f"{x:.1f}"),
     ("truncated", "response/truncated_fraction", lambda x: f"{x:.1%}"),
     ("entropy", "policy/entropy", lambda x: f"{x:.3f}"),
@@ -190,8 +195,10 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gap", "gap/logprob_mean", lambda x: f"{x:.1e}"),
     ("grad norm", "policy/grad_norm", lambda x: f"{x:.3g}"),
     ("grad norm", "sft/grad_norm", lambda x: f"{x:.3g}"),
+    ("grad norm", "reward_model/grad_norm", lambda x: f"{x:.3g}"),
     ("lr", "policy/lr", lambda x: f"{x:.2g}"),
     ("lr", "sft/lr", lambda x: f"{x:.2g}"),
+    ("lr", "reward_model/lr", lambda x: f"{x:.2g}"),
     ("rollout tok/s", "throughput/rollout_tokens_per_second", lambda x: f"{x:,.0f}"),
     ("learner tok/s", "throughput/learner_tokens_per_second", lambda x: f"{x:,.0f}"),
 )
@@ -242,4 +249,5 @@ def sparkline(values: Iterator[float] | deque[float]) -> str:
 
 
 def _headline(metrics: Mapping[str, float]) -> float:
-    return next((metrics[key] for key in ("reward/score", "reward/mean", "sft/loss") if key in metrics), math.nan)
+    followed = ("reward/score", "reward/mean", "sft/loss", "reward_model/loss")
+    return next((metrics[key] for key in followed if key in metrics), math.nan)

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megarl import algorithms, launcher
-from megarl.algorithms import LossInputs, policy_loss
+from megarl.algorithms import LossInputs, effective_sample_size, explained_variance, policy_loss, value_loss
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
 from megarl.data import PromptSource, load_tokenizer, micro_batches
-from megarl.errors import BadInput
+from megarl.errors import BadInput, RunFailed
 from megarl.learner.host_parked import HostParked
-from megarl.learner.policy import Policy
+from megarl.learner.policy import Policy, StepResult
 from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import Mesh
@@ -31,11 +32,14 @@ from megarl.trainers.common import (
     finish_export,
     memory_metrics,
     pad_multiple,
-    starting_checkpoint,
+    start_path,
 )
 from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
+from megarl.trainers.failed_step import save_micro_batches
+from megarl.trainers.group_pool import GroupPool
 from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
+from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
 
@@ -44,6 +48,9 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
     reason = algorithms.check(cfg.rl.algorithm)
     if reason:
         raise BadInput(f"rl.algorithm: {reason}")
+    reason = algorithms.refusal(algorithms.from_config(cfg.rl.algorithm), cfg.rl.samples_per_prompt)
+    if reason:
+        raise BadInput(reason)
     if from_rollouts is not None:
         check_files(from_rollouts, cfg.rl.steps)
     with RewardRunner(cfg.reward) as rewards:  # its processes start before vLLM's and gloo's threads exist
@@ -64,18 +71,20 @@ class RLTrainer:
     def __init__(self, cfg: Config, mesh: Mesh, rewards: RewardRunner, from_rollouts: Path | None = None) -> None:
         self.cfg, self.mesh, self.rewards, self.from_rollouts = cfg, mesh, rewards, from_rollouts
         rl = cfg.rl
-        self.algorithm = algorithms.from_config(rl.algorithm)
-        self.start_path = self._start_path()
+        self.algorithm = algorithms.from_config(rl.algorithm, cfg.rollout.max_response_tokens)
+        self.start_path = start_path(cfg, mesh, "rl", rl.init_from)
         with task("load data and model", is_main=mesh.is_main, stream=launcher.terminal()):
             self.policy = Policy.from_hf(
                 self.start_path,
                 cfg,
                 mesh,
                 optimizer=rl.optimizer,
-                total_steps=rl.steps * rl.optimizer_steps_per_rollout,
+                total_steps=max(1, rl.steps - self._warmup_steps()) * rl.optimizer_steps_per_rollout,
                 temperature=cfg.rollout.temperature,
             )
             self.reference = self._reference()
+            self.critic = self._critic()
+            self.scorer = Scorer(cfg, mesh, rewards, self.start_path)
             tokenizer = load_tokenizer(self.start_path, cfg.model.chat_template)
             context = min(cfg.rollout.max_context or 1 << 30, self.policy.spec.max_position_embeddings)
             self.eval_prompts = eval_prompts(cfg, tokenizer, context) if cfg.eval.data else []
@@ -93,12 +102,18 @@ class RLTrainer:
         self.sync_plan = SyncPlan.build(spec, cfg.model.dtype)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_gap = SyncGap(0.0, 0.0)
-        self.loop = Loop.open(cfg, mesh, "rl", rl.steps, {"policy": self.policy, "data": self.data})
+        self.pool = GroupPool(self.algorithm)
+        owners = {"policy": self.policy, "data": self.data, "groups": self.pool}
+        self.loop = Loop.open(cfg, mesh, "rl", rl.steps, owners | ({"critic": self.critic} if self.critic else {}))
         self.loop.display.note(
             f"rl: {mesh.describe()}; {len(self.data)} prompts, dropped {dict(self.data.dropped)}; "
             f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step in "
             f"{rl.optimizer_steps_per_rollout} optimizer steps"
         )
+        budget = cfg.rollout.max_response_tokens
+        for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
+            self.loop.display.note(f"warning: {line}")
+        self._told = False  # that the gate closes for most sequences
 
     def prepare(self) -> None:
         """First sync, and the evaluation before the first step."""
@@ -113,62 +128,92 @@ class RLTrainer:
     def step(self, number: int) -> Mapping[str, float]:
         """One rollout and its optimizer steps; returns the step's reduced metrics."""
         phases, rl = self.loop.phases, self.cfg.rl
-        groups = self.rollout(number)
+        groups, metrics = self.rollout(number)
         with phases("prepare"):
             batch = rl_batch.assemble(groups, self.algorithm)
             parts = rl_batch.split(batch, rl.optimizer_steps_per_rollout, seed=self.cfg.seed * 1_000_003 + number)
-            packed = [self._pack(rl_batch.with_token_weights(part, self.algorithm)) for part in parts]
+            packed = [self._pack(part) for part in parts]
         with phases("old_log_probs"):
-            metrics = self.old_log_probs(packed)
+            merge(metrics, self.recorded_passes(packed))
+        with phases("prepare"):
+            batch, decided = self._decide(batch, parts, packed)
+            merge(metrics, decided)
         with phases("update"):
             for micro in packed:
-                result = self.policy.train_step(micro, self.loss)
-                check_applied(result, f"rl step {number}")
-                merge(metrics, result.metrics)
+                merge(metrics, self._update(micro, number))
         with phases("sync"):
             self.sync()
         if self.mesh.is_main:
-            metrics |= rl_batch.group_metrics(groups)
+            merge(metrics, {"groups/trained_without_signal_fraction": rl_batch.without_signal(groups)})
         return self._finish_step(number, batch, metrics)
 
-    def rollout(self, number: int) -> list[PromptGroup]:
-        """The step's scored groups, in the order of their prompts, on every rank."""
+    def rollout(self, number: int) -> tuple[list[PromptGroup], dict[str, Metric]]:
+        """The step's scored groups, in the order they were sampled, on every rank, and metrics of what was sampled.
+
+        With a filter, rounds of fresh prompts until enough groups are kept or `rl.max_sampling_rounds` are over; the
+        step then trains on what there is. Raises RunFailed when not one group was kept.
+        """
         if self.from_rollouts is not None:
-            return read_groups(rollout_file(self.from_rollouts, number))
+            self.pool.add(read_groups(rollout_file(self.from_rollouts, number)))
+            groups, metrics = self.pool.take(self.cfg.rl.prompts_per_step)
+            metrics |= rl_batch.group_metrics(groups) | part_metrics(groups)
+            return groups, metrics if self.mesh.is_main else {}
+        cfg, rl, sampled = self.cfg, self.cfg.rl, []
+        for round_ in range(rl.max_sampling_rounds):
+            missing = self.pool.missing(rl.prompts_per_step)
+            if not missing:
+                break
+            groups = self._sample(missing, round_id=number + round_ * 1_000_000_007)
+            self.pool.add(groups)
+            sampled += groups
+        groups, metrics = self.pool.take(rl.prompts_per_step)
+        if not groups:
+            raise RunFailed(
+                f"rl step {number}: filter {self.algorithm.filter.type} kept none of {len(sampled)} groups in "
+                f"{rl.max_sampling_rounds} rounds; warm the model up first, take easier prompts, or set "
+                "rl.algorithm.filter.type=none"
+            )
+        trajectories = [t for group in groups for t in group.trajectories]
+        if self.algorithm.shaping is not None:
+            lengths = torch.tensor([len(t.response_ids) for t in trajectories])
+            added = self.algorithm.shaping(lengths, cfg.rollout.max_response_tokens).tolist()
+            for trajectory, extra in zip(trajectories, added, strict=True):
+                trajectory.shaped_reward = None if trajectory.score is None else trajectory.score + extra
+        every = cfg.log.rollouts_every
+        if self.mesh.is_main and every and (number % every == 0 or number in (1, rl.steps)):
+            write_groups(rollout_file(self.loop.folder / "rollouts", number), groups)
+        if not self.mesh.is_main:
+            return groups, {}
+        return groups, metrics | rl_batch.group_metrics(sampled or groups) | part_metrics(sampled or groups)
+
+    def _sample(self, count: int, round_id: int) -> list[PromptGroup]:
+        """Scored groups of the next `count` prompts, in the prompts' order, on every rank. Collective."""
         cfg, phases, layout = self.cfg, self.loop.phases, self.engine.layout
-        prompts = self.data.next(cfg.rl.prompts_per_step)
+        prompts = self.data.next(count)
         sampling = Sampling(cfg.rl.samples_per_prompt, cfg.rollout.max_response_tokens, cfg.rollout.temperature)
         with phases("generate"):
-            own = self.engine.generate(prompts[layout.index :: layout.count], sampling, round_id=number)
+            own = self.engine.generate(prompts[layout.index :: layout.count], sampling, round_id)
         own = own if self.mesh.rank % layout.tensor_parallel == 0 else []
         with phases("reward"):
-            self._score(own)
+            self.scorer.score(own)
         with phases("gather"):
             ranks = [groups for groups in self.mesh.all_gather_object(own) if groups]
         order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
         groups = sorted((g for groups in ranks for g in groups), key=lambda g: order[g.prompt.prompt_id])
         trajectories = [t for group in groups for t in group.trajectories]
         check_failures(cfg.reward, sum(t.reward_failed for t in trajectories), len(trajectories))
-        every = cfg.log.rollouts_every
-        if self.mesh.is_main and every and (number % every == 0 or number in (1, cfg.rl.steps)):
-            write_groups(rollout_file(self.loop.folder / "rollouts", number), groups)
         return groups
 
-    def _score(self, groups: list[PromptGroup]) -> None:
-        pairs = [(group.prompt, t) for group in groups for t in group.trajectories]
-        results = self.rewards.score([(prompt, t.text) for prompt, t in pairs])
-        for (_prompt, trajectory), result in zip(pairs, results, strict=True):
-            trajectory.score = trajectory.shaped_reward = result.score
-            trajectory.reward_failed = result.failed
+    def recorded_passes(self, packed: list[list[MicroBatch]]) -> dict[str, Metric]:
+        """Fill in old log-probs, those of the reference and values, with the packing of the update.
 
-    def old_log_probs(self, packed: list[list[MicroBatch]]) -> dict[str, Metric]:
-        """Fill in old (and reference) log-probs, with the packing of the update, and compare them with the engine's.
-
-        The pass is skipped when there is exactly one optimizer step: the old policy is then the one being trained, its
-        ratio is 1 by definition, and the loss compares the two engines instead.
+        The old pass is skipped when the ratio is taken to the engine, and when there is exactly one optimizer step and
+        nothing else reads it: the old policy is then the one being trained, its ratio is 1 by definition, and the loss
+        compares the two engines instead.
         """
         metrics: dict[str, Metric] = {}
-        if len(packed) > 1:
+        several = len(packed) > 1 and self.algorithm.ratio_base == "old"
+        if several or self.algorithm.needs_old_log_probs:
             for micro in packed:
                 for one, log_probs in zip(micro, self.policy.log_probs(micro)[0], strict=False):
                     one.batch.old_log_probs = log_probs
@@ -180,7 +225,48 @@ class RLTrainer:
                 for micro in packed:
                     for one, log_probs in zip(micro, model.log_probs(micro)[0], strict=False):
                         one.batch.ref_log_probs = log_probs
+        if self.critic is not None:
+            for micro in packed:
+                for one, values in zip(micro, self.critic.values(micro), strict=False):
+                    one.batch.values = values
         return metrics
+
+    def _decide(
+        self, batch: Batch, parts: list[Batch], packed: list[list[MicroBatch]]
+    ) -> tuple[Batch, dict[str, Metric]]:
+        """Advantages and weights of the whole batch, and each micro-batch's slice of them.
+
+        What the passes found is gathered first when it has a say: each rank knows it for its own micro-batches only.
+        """
+        mine = [micro for part in packed for micro in part]
+        one_copy = self.mesh.is_last_stage and self.mesh.tp_rank == 0
+        if self.algorithm.needs_old_log_probs or self.critic is not None:
+            ranks = self.mesh.all_gather_object(rl_batch.recorded(mine) if one_copy else [])
+            batch = rl_batch.with_recorded(batch, (item for rank in ranks for item in rank))
+        batch, metrics = rl_batch.with_decisions(batch, parts, self.algorithm)
+        rl_batch.decide(mine, batch)
+        gap = rl_batch.mismatch_metrics(mine, self.algorithm) if one_copy else {}
+        return batch, (metrics if self.mesh.is_main else {}) | gap
+
+    def _update(self, micro: list[MicroBatch], number: int) -> dict[str, Metric]:
+        """One optimizer step of the critic, if there is one, and of the policy, unless the critic is warming up."""
+        metrics: dict[str, Metric] = {}
+        if self.critic is not None:
+            result = self.critic.train_step(micro, self.critic_loss)
+            self._check_applied(result, micro, number)
+            metrics |= result.metrics
+        if number > self._warmup_steps():
+            result = self.policy.train_step(micro, self.loss)
+            self._check_applied(result, micro, number)
+            metrics |= result.metrics
+        return metrics
+
+    def _check_applied(self, result: StepResult, micro: list[MicroBatch], number: int) -> None:
+        """Raises RunFailed for a step that changed nothing, after keeping what it was computed from."""
+        where = self.loop.folder / "failed" / f"step_{number:06d}_rank{self.mesh.rank}.safetensors"
+        if not result.applied:
+            save_micro_batches(where, micro)
+        check_applied(result, f"rl step {number}", kept=where)
 
     def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the step's loss, and its metrics."""
@@ -191,12 +277,20 @@ class RLTrainer:
             mask=batch.response_mask,
             old_log_probs=batch.old_log_probs,
             ref_log_probs=batch.ref_log_probs,
+            rollout_log_probs=batch.rollout_log_probs,
+            mismatch_weights=batch.mismatch_weights,
             entropy=entropy,
         )
         loss, metrics = policy_loss(self.algorithm, inputs, shards)
         if batch.old_log_probs is None:
             metrics |= engine_gap(batch, log_probs.detach())
         return loss, metrics
+
+    def critic_loss(self, batch: Batch, values: Tensor, shards: SequenceShards) -> Any:
+        """This micro-batch's share of the critic's loss, and its metrics."""
+        return value_loss(
+            self.algorithm.value, values, batch.values, batch.returns, batch.token_weights, batch.response_mask
+        )
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
@@ -235,8 +329,9 @@ class RLTrainer:
         if cfg.export.every and number % cfg.export.every == 0:
             with phases("export"):
                 finish_export(self.policy, self.loop.folder / f"hf_step_{number:06d}", cfg, self.start_path)
-        if "policy/loss" in metrics:
-            metrics["policy/loss"] = metrics["policy/loss"].scaled(1 / cfg.rl.optimizer_steps_per_rollout)
+        for name in ("policy/loss", "critic/loss"):
+            if name in metrics:
+                metrics[name] = metrics[name].scaled(1 / cfg.rl.optimizer_steps_per_rollout)
         generated = float(batch.response_mask.sum())
         seconds = {name: max(phases.seconds(name), 1e-9) for name in ("generate", "old_log_probs", "update", "sync")}
         metrics |= {
@@ -246,6 +341,16 @@ class RLTrainer:
         }
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated
+        if "critic/error_std" in reduced:
+            error = reduced.pop("critic/error_std")
+            reduced["critic/explained_variance"] = explained_variance(reduced["critic/return_std"], error)
+        if "mismatch/weight_squared" in reduced:
+            squared = reduced.pop("mismatch/weight_squared")
+            reduced["mismatch/ess"] = effective_sample_size(reduced["mismatch/weight_mean"], squared)
+            reduced["mismatch/chi2"] = reduced.pop("mismatch/rho_squared") - 1
+        if not self._told and (line := algorithms.measured(self.algorithm, reduced)):
+            self.loop.display.note(f"warning: {line}")
+            self._told = True
         if self.from_rollouts is None:
             reduced["throughput/rollout_tokens_per_second"] = generated / seconds["generate"]
         reduced["throughput/learner_tokens_per_second"] = batch.tokens.numel() / (
@@ -264,17 +369,22 @@ class RLTrainer:
             count_multiple=mesh.pp if mesh.vpp else 1,
         )
 
-    def _start_path(self) -> str:
-        """The checkpoint RL starts from: the project's SFT export, or `model.path`."""
-        cfg = self.cfg
-        if cfg.rl.init_from == "sft" and cfg.sft is not None:
-            path = Path(cfg.run_dir) / "sft" / "hf"
-            if not (path / "config.json").exists():
-                raise BadInput(
-                    f"{path}: no SFT result; run `megarl sft` on this config first, or set rl.init_from=model"
-                )
-            return str(path)
-        return starting_checkpoint(cfg, self.mesh)
+    def _warmup_steps(self) -> int:
+        """Rollout steps in which only the critic is trained."""
+        return self.cfg.rl.critic.warmup_steps if self.algorithm.value is not None else 0
+
+    def _critic(self) -> Policy | None:
+        if self.algorithm.value is None:
+            return None
+        critic, rl = self.cfg.rl.critic, self.cfg.rl
+        return Policy.from_hf(
+            critic.init_from or self.start_path,
+            self.cfg,
+            self.mesh,
+            role="critic",
+            optimizer=critic.optimizer,
+            total_steps=rl.steps * rl.optimizer_steps_per_rollout,
+        )
 
     def _reference(self) -> tuple[Policy, HostParked] | None:
         if not self.algorithm.needs_reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +34,36 @@ def write_groups(path: Path, groups: list[PromptGroup]) -> None:
     with partial.open("w", encoding="utf-8") as out:
         for group in groups:
             for trajectory in group.trajectories:
-                out.write(json.dumps(_row(group.prompt, trajectory)) + "\n")
+                out.write(json.dumps(to_row(group.prompt, trajectory)) + "\n")
     partial.replace(path)
 
 
 def read_groups(path: Path) -> list[PromptGroup]:
     """The groups of `write_groups`, in the same order. Raises BadInput naming the line that cannot be read."""
-    groups: dict[str, PromptGroup] = {}
+    rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a rollouts/ folder with a file for every step") from None
     for number, line in enumerate(lines, start=1):
         try:
-            prompt, trajectory = _parse(json.loads(line))
+            rows.append(from_row(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path}:{number}: not a trajectory ({type(error).__name__}: {error})") from None
+    return to_groups(rows)
+
+
+def to_groups(rows: Iterable[tuple[Prompt, Trajectory]]) -> list[PromptGroup]:
+    """Trajectories of one group id together, in the order in which the groups first appear."""
+    groups: dict[str, PromptGroup] = {}
+    for prompt, trajectory in rows:
         group = groups.setdefault(trajectory.group_id, PromptGroup(trajectory.group_id, prompt, []))
         group.trajectories.append(trajectory)
     return list(groups.values())
 
 
-def _row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
+def to_row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
+    """One trajectory with its prompt as a JSON object."""
     routed = None
     if t.routed_experts is not None:
         routed = {"dtype": str(t.routed_experts.dtype), "values": t.routed_experts.tolist()}
@@ -69,6 +78,7 @@ def _row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
         "score": t.score,
         "shaped_reward": t.shaped_reward,
         "reward_failed": t.reward_failed,
+        "rewards": t.rewards,
         "finish_reason": t.finish_reason,
         "prompt_ids": t.prompt_ids,
         "response_ids": t.response_ids,
@@ -81,7 +91,8 @@ def _row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
     }
 
 
-def _parse(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
+def from_row(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
+    """The inverse of `to_row`."""
     prompt = Prompt(
         row["prompt_id"],
         tuple(row["prompt_ids"]),
@@ -106,4 +117,5 @@ def _parse(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
         score=row["score"],
         shaped_reward=row["shaped_reward"],
         reward_failed=row["reward_failed"],
+        rewards=row.get("rewards", {}),
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def learner_log_probs(config: str, checkpoint: str, sequences: list[list[int]]) -> list[list[float]]:
@@ -54,3 +57,81 @@ def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
     except RunFailed as error:
         return str(error)
     return "nothing was noticed"
+
+
+def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]) -> dict[str, Any]:
+    """`megarl train` with each preset and its overrides, one after the other in the same ranks; the rows of metrics.jsonl.
+
+    The mesh, the reward workers and vLLM start once; everything else is made anew for every preset. Those in `resumed`
+    run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`.
+    """
+    from megarl import platform
+
+    platform.setup()
+    from megarl.config import load_config
+    from megarl.metrics import read_jsonl
+    from megarl.parallel import Mesh
+    from megarl.rewards import RewardRunner
+    from megarl.trainers import rl
+
+    cfg = load_config(config)
+    engines, start = [], rl.VLLMEngine
+
+    def one_engine(*args, **kwargs):
+        if not engines:
+            engines.append(start(*args, **kwargs))
+        return engines[0]
+
+    rl.VLLMEngine = one_engine
+    rows = {}
+    with RewardRunner(cfg.reward) as rewards:
+        mesh = Mesh.build(cfg.parallel)
+
+        def train(run_dir: str, overrides: list[str], stop_after: int | None = None) -> list[dict[str, float]]:
+            trainer = rl.RLTrainer(load_config(config, [f"run_dir={run_dir}", *overrides]), mesh, rewards)
+            trainer.loop.total = stop_after or trainer.loop.total  # the schedules go on to the configured end
+            try:
+                trainer.prepare()
+                trainer.loop.run(trainer.step)
+            finally:
+                trainer.loop.close()
+            return read_jsonl(Path(run_dir) / "rl" / "metrics.jsonl")
+
+        for preset, overrides in presets.items():
+            own = [f"rl.algorithm.preset={preset}", *overrides]
+            rows[preset] = train(f"{cfg.run_dir}-{preset}", own)
+            if preset in resumed:
+                train(f"{cfg.run_dir}-{preset}-2", own, stop_after=3)
+                rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
+        own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
+        rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
+    return rows
+
+
+def _train_to_nan(trainer: Any) -> dict[str, Any]:
+    """A step whose loss is NaN on one rank: what the run says, and what it keeps."""
+    from megarl.errors import RunFailed
+    from megarl.trainers.failed_step import load_micro_batches
+
+    plain = trainer.loss
+
+    def not_a_number(*args):
+        loss, metrics = plain(*args)
+        return loss * (float("nan") if trainer.mesh.rank == 1 else 1.0), metrics
+
+    trainer.prepare()
+    before = [p.detach().clone() for p in trainer.policy.modules[0].parameters()]
+    trainer.loss = not_a_number
+    try:
+        trainer.step(1)
+        said = "nothing"
+    except RunFailed as error:
+        said = str(error)
+    finally:
+        trainer.loop.close()
+    same = all(torch.equal(a, b) for a, b in zip(before, trainer.policy.modules[0].parameters(), strict=True))
+    kept = trainer.loop.folder / "failed" / f"step_000001_rank{trainer.mesh.rank}.safetensors"
+    batches = load_micro_batches(kept)
+    replayed = trainer.policy.train_step(batches, plain)
+    return {"said": said, "unchanged": same, "kept": str(kept), "tokens": sum(m.batch.tokens.numel() for m in batches),
+            "replayed": replayed.applied}  # fmt: skip

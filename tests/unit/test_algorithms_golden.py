@@ -1,243 +1,279 @@
-"""Every golden case whose axes exist: loss and gradient against an independent float64 NumPy reference.
-
-Cases are built from their `axes`, never from their names, so a case starts to run when its last axis is registered.
-"""
+"""Every golden case and vector, in any split, against the independent float64 reference they come from."""
 
 from __future__ import annotations
 
+import copy
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from megarl.algorithms import KL, Algorithm, Counts, LossInputs, advantage, count, gate, policy_loss
-from megarl.algorithms.advantage import ESTIMATORS
-from megarl.algorithms.aggregate import AGGREGATIONS
-from megarl.algorithms.gate import GATES
-from megarl.algorithms.ratio import LEVELS
+from megarl.algorithms import (
+    Algorithm,
+    Counts,
+    LossInputs,
+    count,
+    effective_sample_size,
+    mismatch_weights,
+    policy_loss,
+)
+from megarl.algorithms.gate import Gated
+from megarl.algorithms.ratio import Ratio, compute_ratio
+from megarl.metrics import Metric, Sum, merge
 from megarl.types import SequenceShards
+from megarl.verify import algorithms as verify
+from megarl.verify.algorithms import CASES, GOLDEN, PRECISIONS, Vectors, algorithm_of, policy_case
+from tests.unit.algorithm_steps import side_by_side
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())
+VECTORS = Vectors(GOLDEN)
+PARALLEL = json.loads(GOLDEN.read_text())["parallel"]
+OWNER = torch.tensor(PARALLEL["owner_rank_of_response_logprob"])  # -1 on padding
+POLICY = [name for name, case in VECTORS.cases.items() if case["axes"]["loss"] == "policy"]
+MASK = VECTORS.inputs["mask"] > 0
+TIGHT = {"atol": 1e-12, "rtol": 0}
 
 
-def float64(values: list) -> torch.Tensor:
+def having(*keys: str) -> list[str]:
+    return [name for name, case in VECTORS.cases.items() if any(case.get(key) for key in keys)]
+
+
+def float64(values: list) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-INPUTS = {name: float64(value) for name, value in GOLDEN["inputs"].items()}
-B, T = INPUTS["mask"].shape
+def run(name: str, dtype: torch.dtype = torch.float64, parts: list[list[int]] | None = None) -> Any:
+    axes = VECTORS.cases[name]["axes"]
+    return CASES[axes["loss"]](VECTORS, axes, dtype, parts)
 
 
-def is_implemented(axes: dict) -> bool:
-    return (
-        axes["loss"] == "policy"
-        and axes["ratio"] in LEVELS
-        and axes["gate"]["type"] in GATES
-        and axes["aggregate"] in AGGREGATIONS
-        and axes["correction"] is axes["veto"] is axes["off_policy_sequence_mask"] is None
-    )
+def same_as_stored(name: str, loss: Tensor, gradient: Tensor, loss_tolerance=1e-12, gradient_tolerance=1e-12) -> None:
+    case = VECTORS.cases[name]
+    assert loss.double().item() == pytest.approx(case["loss"], abs=loss_tolerance, rel=0)
+    torch.testing.assert_close(gradient.double(), float64(case["grad"]), atol=gradient_tolerance, rtol=0)
 
 
-def algorithm_of(axes: dict) -> Algorithm:
-    kl = axes["kl"]
-    return Algorithm(
-        advantage=advantage("group"),
-        ratio=axes["ratio"],
-        gate=gate(**axes["gate"]),
-        aggregate=axes["aggregate"],
-        kl=kl and KL(kl["estimator"], kl["coef"], kl["input_clamp"], kl["output_clamp"]),
-        n_seq=axes["n_seq"],
-        fixed_length=axes["fixed_length"],
-    )
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", VECTORS.cases)
+def test_loss_and_gradient(name: str, precision: str) -> None:
+    """Padding holds NaN in a policy case (U5), and its gradient must still be exactly the stored 0."""
+    dtype, *tolerances = PRECISIONS[precision]
+    loss, gradient, _ = run(name, dtype)
+    same_as_stored(name, loss, gradient, *tolerances)
+    assert gradient[VECTORS.mask(VECTORS.cases[name]["axes"]["mask"]) == 0].eq(0).all()
 
 
-def mask_of(axes: dict) -> torch.Tensor:
-    if axes["mask"] == "drop-truncated":
-        return INPUTS["mask"] * (1 - INPUTS["truncated"])[:, None]
-    if axes["mask"] == "kept-groups":
-        kept = torch.tensor(GOLDEN["advantages"]["dynamic_sampling_kept_groups"])
-        return INPUTS["mask"] * torch.isin(INPUTS["group"].long(), kept)[:, None]
-    return INPUTS["mask"]
-
-
-def advantages_of(axes: dict) -> torch.Tensor:
-    values = GOLDEN["advantages"].get(axes["advantage"])
-    values = INPUTS[axes["advantage"]] if values is None else float64(values)
-    return values if values.dim() == 2 else values[:, None].expand(B, T)
-
-
-def flat_fields(axes: dict) -> dict[str, torch.Tensor]:
-    """The case's per-token tensors [B, T], without weights."""
-    base = "logp_old" if axes["ratio_base"] == "old" else "logp_rollout"
-    fields = {"log_probs": INPUTS["logp"], "old_log_probs": INPUTS[base], "advantages": advantages_of(axes)}
-    if axes["kl"]:
-        fields["ref_log_probs"] = INPUTS[axes["kl"]["reference"]]
-    return fields | {"mask": mask_of(axes)}
-
-
-def run(
-    axes: dict, parts: list[list[int]], dtype: torch.dtype, padding: float = float("nan")
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Loss and gradient [B, T] when the sequences are split into the given parts, and the last part's metrics."""
-    algorithm, fields = algorithm_of(axes), flat_fields(axes)
-    mask = fields.pop("mask")
-    ids = torch.arange(B).repeat_interleave(T)
-    counts = Counts.from_tensor(count(mask.flatten(), ids, B))
-    log_probs = fields.pop("log_probs").where(mask > 0, padding).to(dtype).requires_grad_()
-    loss, metrics = torch.zeros((), dtype=dtype), {}
-    for part in parts:
-        own = torch.arange(len(part)).repeat_interleave(T)
-        weights = algorithm.token_weights(mask[part].flatten(), own, counts)
-        inputs = LossInputs(
-            log_probs=log_probs[part].flatten(),
-            token_weights=weights.to(dtype),
-            mask=mask[part].flatten(),
-            **{name: x.where(mask > 0, padding)[part].flatten().to(dtype) for name, x in fields.items()},
-        )
-        share, metrics = policy_loss(algorithm, inputs, SequenceShards(own, len(part)))
-        loss = loss + share
-    loss.backward()
-    return loss.detach(), log_probs.grad, metrics
-
-
-POLICY_CASES = {name: case for name, case in GOLDEN["cases"].items() if is_implemented(case["axes"])}
-WHOLE = [list(range(B))]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "loss_tol", "grad_tol"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 2e-7, 1e-7)]
-)
-@pytest.mark.parametrize("name", POLICY_CASES)
-def test_loss_and_gradient(name, dtype, loss_tol, grad_tol):
-    case = POLICY_CASES[name]
-    loss, grad, _ = run(case["axes"], WHOLE, dtype)
-    assert loss.double().item() == pytest.approx(case["loss"], abs=loss_tol, rel=0)
-    # Padding holds NaN here (U5), and its gradient must still be exactly the golden 0.
-    torch.testing.assert_close(grad.double(), float64(case["grad"]), atol=grad_tol, rtol=0)
-
-
-def test_the_axes_of_this_version_cover_their_cases():
-    assert len(POLICY_CASES) >= 24
+@pytest.mark.parametrize("name", VECTORS.axes)
+def test_vectors(name: str) -> None:
+    torch.testing.assert_close(VECTORS.vector(VECTORS.axes[name]).double(), VECTORS.tensor(name), **TIGHT)
 
 
 METRIC_NAMES = {
-    "ratio_mean": "ratio_mean",
-    "ratio_min": "ratio_min",
-    "ratio_max": "ratio_max",
-    "kl_old_new_k1": "kl_old_k1",
-    "kl_old_new_k3": "kl_old_k3",
-    "clip_high_frac": "clip_high_frac",
-    "clip_low_frac": "clip_low_frac",
-    "dual_clip_frac": "clip_dual_frac",
-    "clip_frac_token": "clip_frac",
-    "clip_frac_seq": "clip_seq_frac",
-    "kl_mean": "kl_ref",
+    "ratio_mean": "policy/ratio_mean",
+    "ratio_min": "policy/ratio_min",
+    "ratio_max": "policy/ratio_max",
+    "kl_old_new_k1": "policy/kl_old_k1",
+    "kl_old_new_k3": "policy/kl_old_k3",
+    "clip_high_frac": "policy/clip_high_frac",
+    "clip_low_frac": "policy/clip_low_frac",
+    "dual_clip_frac": "policy/clip_dual_frac",
+    "clip_frac": "policy/clip_frac",
+    "clip_frac_token": "policy/clip_frac",
+    "clip_frac_seq": "policy/clip_seq_frac",
+    "kl_mean": "policy/kl_ref",
+    "gate_mean": "policy/gate_mean",
+    "gate_min": "policy/gate_min",
+    "gate_mean_pos": "policy/gate_mean_pos",
+    "gate_mean_neg": "policy/gate_mean_neg",
+    "value_clip_frac": "critic/clip_frac",
+    "weight_mean": "mismatch/weight_mean",
+    "kept_frac": "mismatch/kept_frac",
 }
 
 
-@pytest.mark.parametrize("name", [name for name, case in POLICY_CASES.items() if case.get("metrics")])
-def test_metrics(name):
-    case = POLICY_CASES[name]
-    _, _, metrics = run(case["axes"], WHOLE, torch.float64)
-    compared = {METRIC_NAMES[key]: value for key, value in case["metrics"].items() if key in METRIC_NAMES}
-    assert compared
-    got = {key: metrics[f"policy/{key}"].value() for key in compared}
-    assert got == pytest.approx(compared, abs=1e-12, rel=0)
+@pytest.mark.parametrize("name", having("metrics"))
+def test_metrics(name: str) -> None:
+    metrics = {key: metric.value() for key, metric in run(name)[2].items()}
+    stored = dict(VECTORS.cases[name]["metrics"])
+    if "ess" in stored:
+        ess = effective_sample_size(metrics["mismatch/weight_mean"], metrics["mismatch/weight_squared"])
+        assert ess == pytest.approx(stored.pop("ess"), abs=1e-12, rel=0)
+    got = {key: metrics[METRIC_NAMES[key]] for key in stored}
+    assert got == pytest.approx(stored, abs=1e-12, rel=0)
 
 
-@pytest.mark.parametrize("name", [name for name, case in POLICY_CASES.items() if not case["axes"]["kl"]])
-def test_zero_gradient_fraction_is_the_share_of_zeros_in_the_golden_gradient(name):
-    case = POLICY_CASES[name]
-    _, _, metrics = run(case["axes"], WHOLE, torch.float64)
-    trained = mask_of(case["axes"]) > 0
-    zeros = (float64(case["grad"])[trained] == 0).double().mean().item()
-    assert metrics["policy/zero_grad_frac"].value() == pytest.approx(zeros, abs=1e-12)
+@pytest.mark.parametrize("name", [name for name in POLICY if not VECTORS.cases[name]["axes"]["kl"]])
+def test_zero_gradient_fraction_is_the_share_of_zeros_in_the_stored_gradient(name: str) -> None:
+    trained = VECTORS.mask(VECTORS.cases[name]["axes"]["mask"]) > 0
+    zeros = (float64(VECTORS.cases[name]["grad"])[trained] == 0).double().mean().item()
+    assert run(name)[2]["policy/zero_grad_frac"].value() == pytest.approx(zeros, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", POLICY_CASES)
-def test_any_split_of_the_sequences_gives_the_same_loss_and_gradient(name):
-    """Permuted and cut into micro-batches, one of them without a trained token (U3, U4, U6)."""
-    case = POLICY_CASES[name]
-    for parts in ([[14, 3, 11], [10], [0, 2, 1, 4], [13, 5, 12, 6, 7, 8, 9]], [[11], [*range(11), *range(12, B)]]):
-        loss, grad, _ = run(case["axes"], parts, torch.float64)
-        assert loss.item() == pytest.approx(case["loss"], abs=1e-12, rel=0)
-        torch.testing.assert_close(grad, float64(case["grad"]), atol=1e-12, rtol=0)
+def ratio_and_gate(name: str) -> tuple[Ratio, Gated, Tensor]:
+    """The ratio and the gate of a case, and its advantages [n]."""
+    axes, x = VECTORS.cases[name]["axes"], VECTORS.inputs
+    algorithm, given = algorithm_of(axes), VECTORS.tensor(axes["advantage"])
+    flat = (given if given.dim() == 2 else given[:, None].expand_as(MASK)).flatten()
+    shards = SequenceShards(VECTORS.ids, VECTORS.rows)
+    old = x["logp_rollout" if axes["ratio_base"] == "rollout" else "logp_old"]
+    ratio = compute_ratio(algorithm.ratio, x["logp"].flatten(), old.flatten(), MASK.flatten(), shards)
+    return ratio, algorithm.gate(ratio, flat), flat
 
 
-@pytest.mark.parametrize("name", POLICY_CASES)
-def test_context_parallel_shards_add_up(name):
-    """The golden sharding over 2 context-parallel ranks: the same loss and gradient as unsharded."""
-    case, owner = POLICY_CASES[name], torch.tensor(GOLDEN["parallel"]["owner_rank_of_response_logprob"])
-    algorithm, fields = algorithm_of(case["axes"]), flat_fields(case["axes"])
-    ids = torch.arange(B).repeat_interleave(T)
-    mask = fields["mask"].flatten()
-    weights = algorithm.token_weights(mask, ids, Counts.from_tensor(count(mask, ids, B)))
-    log_probs = INPUTS["logp"].clone().requires_grad_()
-    flat = {name: x.flatten() for name, x in (fields | {"log_probs": log_probs}).items()} | {"token_weights": weights}
-    own = [(owner == rank).flatten() for rank in (0, 1)]
-
-    def shard(rank: int, reduce=None) -> tuple[LossInputs, SequenceShards]:
-        inputs = LossInputs(**{name: x[own[rank]] for name, x in flat.items()})
-        return inputs, SequenceShards(ids[own[rank]], B, reduce)
-
-    local_sums = []
-
-    def record(sums):
-        local_sums.append(sums)
-        return sums
-
-    for rank in (0, 1):
-        policy_loss(algorithm, *shard(rank, record))
-    total = sum(policy_loss(algorithm, *shard(rank, lambda _: local_sums[0] + local_sums[1]))[0] for rank in (0, 1))
-    assert len(local_sums) == 2, "one all-reduce per micro-batch"
-    total.backward()
-    assert total.item() == pytest.approx(case["loss"], abs=1e-12, rel=0)
-    torch.testing.assert_close(log_probs.grad, float64(case["grad"]), atol=1e-12, rtol=0)
+@pytest.mark.parametrize("name", having("seq_ratio"))
+def test_sequence_ratios(name: str) -> None:
+    ratio, gated, advantages = ratio_and_gate(name)
+    stored = float64(VECTORS.cases[name]["seq_ratio"])[VECTORS.ids]
+    if ratio.level == "geometric-mean-of-clipped":  # only known where the sign of the advantage says what is clipped
+        known = MASK.flatten() & (advantages != 0)
+        torch.testing.assert_close((gated.objective / advantages)[known], stored[known], **TIGHT)
+    else:
+        torch.testing.assert_close(ratio.detached, stored, **TIGHT)
 
 
-def test_local_sums_and_sequence_ratios_of_the_golden_sharding():
-    parallel = GOLDEN["parallel"]
-    owner = torch.tensor(parallel["owner_rank_of_response_logprob"])
-    z, mask = INPUTS["logp"] - INPUTS["logp_old"], INPUTS["mask"]
-    ids = torch.arange(B).repeat_interleave(T).reshape(B, T)
-    sums = [
-        SequenceShards(ids[owner == rank], B).sum((z * mask)[owner == rank], mask[owner == rank]) for rank in (0, 1)
-    ]
-    for rank in (0, 1):
-        expected = [float64(parallel[key])[:, rank] for key in ("local_log_ratio_sum", "local_token_count")]
-        torch.testing.assert_close(sums[rank], torch.stack(expected, 1), atol=1e-12, rtol=0)
-    total, counts = (sums[0] + sums[1]).unbind(1)
-    torch.testing.assert_close((total / counts.clamp(min=1)).exp(), float64(parallel["seq_ratio"]), atol=1e-12, rtol=0)
+@pytest.mark.parametrize("name", having("seq_active"))
+def test_which_sequences_the_clip_drops(name: str) -> None:
+    _, gated, _ = ratio_and_gate(name)
+    dropped = float64(VECTORS.cases[name]["seq_active"])[VECTORS.ids] == 0
+    assert torch.equal(gated.flags["clip_frac"][MASK.flatten()], dropped[MASK.flatten()])
 
 
-VECTORS = {name: axes for name, axes in GOLDEN["vector_axes"].items() if axes.get("estimator") in ESTIMATORS}
-VECTORS = {name: axes for name, axes in VECTORS.items() if axes["singleton"] == "zero" and axes["scale"] != "batch"}
+@pytest.mark.parametrize("name", having("gate"))
+def test_soft_gates(name: str) -> None:
+    _, gated, _ = ratio_and_gate(name)
+    torch.testing.assert_close(gated.weight[MASK.flatten()], float64(VECTORS.cases[name]["gate"])[MASK], **TIGHT)
 
 
-@pytest.mark.parametrize("name", VECTORS)
-def test_advantages(name):
-    axes = VECTORS[name]
-    reward = INPUTS["reward"]
-    for extra in axes["reward"].split(" + ")[1:]:
-        reward = reward + float64(GOLDEN["advantages"][extra])
-    estimate = advantage(axes["estimator"], scale=axes["scale"], eps=axes["eps"], ddof=axes["ddof"])
-    expected = float64(GOLDEN["advantages"][name])
-    torch.testing.assert_close(estimate(reward, INPUTS["group"].long()), expected, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("name", having("is_weight", "seq_keep"))
+def test_mismatch_weights_and_dropped_sequences(name: str) -> None:
+    case, x = VECTORS.cases[name], VECTORS.inputs
+    algorithm, shards = algorithm_of(case["axes"]), SequenceShards(VECTORS.ids, VECTORS.rows)
+    old, engine = x["logp_old"].flatten(), x["logp_rollout"].flatten()
+    found = mismatch_weights(algorithm.correction, algorithm.veto, old, engine, x["mask"].flatten(), shards)
+    if "is_weight" in case:
+        weights = found.weights.reshape(MASK.shape)[MASK]
+        torch.testing.assert_close(weights, float64(case["is_weight"])[MASK], **TIGHT)
+    if "seq_keep" in case:
+        kept = float64(case["seq_keep"])[:, None].expand_as(MASK)[MASK] > 0
+        without_gradient = run(name)[1][MASK] == 0
+        assert without_gradient[~kept].all()
+        assert not without_gradient[kept].all()
+        if algorithm.veto is not None:
+            assert torch.equal(found.vetoed.reshape(MASK.shape)[MASK], ~kept)
 
 
-def test_mean_of_micro_batch_means_would_be_wrong():
-    """The golden wrong value comes out when each part is given its own denominators: the global ones matter."""
-    axes = GOLDEN["cases"]["dapo"]["axes"]
-    algorithm, fields = algorithm_of(axes), flat_fields(axes)
-    parts = [part for rank in GOLDEN["parallel"]["micro_batches"] for part in rank]
-    losses = []
-    for part in parts:
-        ids = torch.arange(len(part)).repeat_interleave(T)
-        flat = {name: x[part].flatten() for name, x in fields.items()}
-        weights = algorithm.token_weights(flat["mask"], ids, Counts.from_tensor(count(flat["mask"], ids, len(part))))
-        losses.append(
-            policy_loss(algorithm, LossInputs(token_weights=weights, **flat), SequenceShards(ids, len(part)))[0]
-        )
-    wrong = GOLDEN["parallel"]["WRONG_dapo_loss_mean_of_microbatch_means"]["token-mean"]
-    assert (sum(losses) / len(losses)).item() == pytest.approx(wrong, abs=1e-12)
+SPLITS = [
+    [part for rank in PARALLEL["micro_batches"] for part in rank],
+    [[14, 3, 11], [10], [], [0, 2, 1, 4], [13, 5, 12, 6, 7, 8, 9]],
+    [[11], [*range(11), *range(12, VECTORS.rows)]],  # the first has no trained token
+    [[i] for i in reversed(range(VECTORS.rows))],
+]
+
+
+@pytest.mark.parametrize("parts", SPLITS, ids=["ranks", "any", "empty", "single"])
+@pytest.mark.parametrize("name", VECTORS.cases)
+def test_any_split_of_the_sequences_is_the_same_step(name: str, parts: list[list[int]]) -> None:
+    """U3, U4 and U6, renormalised denominators included."""
+    loss, gradient, _ = run(name, parts=parts)
+    same_as_stored(name, loss, gradient)
+
+
+def sharded_loss(shares: list[Tensor]) -> Any:
+    """`policy_loss` over the golden context-parallel ranks; the last call's share of each rank is left in `shares`."""
+
+    def loss(algorithm: Algorithm, inputs: LossInputs, shards: SequenceShards) -> tuple[Tensor, dict[str, Metric]]:
+        own = OWNER.flatten()
+
+        def rank(number: int, reduce: Any) -> tuple[Tensor, dict[str, Metric]]:
+            here = own == number
+            mine = {name: None if x is None else x[here] for name, x in vars(inputs).items()}
+            ids = shards.sequence_ids[here]
+            return policy_loss(algorithm, LossInputs(**mine), SequenceShards(ids, shards.num_sequences, reduce))
+
+        results, metrics = side_by_side(PARALLEL["cp"], rank), {}
+        for _, found in results:
+            merge(metrics, found)
+        shares[:] = [share.detach() for share, _ in results]
+        return sum(share for share, _ in results), metrics
+
+    return loss
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_context_parallel_shards_add_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the golden owner map, with every all-reduce a loss makes: the same loss, gradient and metrics."""
+    _, _, whole = run(name)
+    monkeypatch.setattr(verify, "policy_loss", sharded_loss([]))
+    loss, gradient, sharded = run(name)
+    same_as_stored(name, loss, gradient)
+    of = lambda metrics: {key: metric.value() for key, metric in metrics.items()}  # noqa: E731
+    assert of(sharded) == pytest.approx(of(whole), abs=1e-12, rel=1e-10, nan_ok=True)
+
+
+def test_every_response_token_has_one_owner() -> None:
+    assert torch.equal(OWNER >= 0, VECTORS.inputs["gen_mask"] > 0)
+
+
+def test_the_share_of_every_rank_and_micro_batch() -> None:
+    """The golden partial sums of DAPO's loss: data-parallel rank, micro-batch, context-parallel rank."""
+    axes, x = VECTORS.cases["dapo"]["axes"], VECTORS.inputs
+    algorithm = algorithm_of(axes)
+    counts = Counts.from_tensor(count(x["mask"].flatten(), VECTORS.ids, VECTORS.rows))
+    weights = algorithm.token_weights(x["mask"].flatten(), VECTORS.ids, counts)
+    fields = {
+        "log_probs": x["logp"],
+        "old_log_probs": x["logp_old"],
+        "advantages": VECTORS.tensor(axes["advantage"])[:, None].expand_as(MASK),
+        "token_weights": weights.reshape(MASK.shape),
+        "mask": x["mask"],
+    }
+    got = {}
+    for dp, micro_batches in enumerate(PARALLEL["micro_batches"]):
+        for number, part in enumerate(micro_batches):
+            ids = torch.arange(len(part))[:, None].expand(-1, VECTORS.columns)
+            for cp in range(PARALLEL["cp"]):
+                here = OWNER[part] == cp
+                inputs = LossInputs(**{name: y[part][here] for name, y in fields.items()})
+                share, metrics = policy_loss(algorithm, inputs, SequenceShards(ids[here], len(part)))
+                got[f"dp{dp}_mb{number}_cp{cp}"] = share.item()
+                assert metrics["policy/loss"] == Sum(share)
+    assert got == pytest.approx(PARALLEL["token_mean_partial_sums"], abs=1e-12, rel=0)
+    assert sum(got.values()) == pytest.approx(PARALLEL["dapo_loss_exact"]["token-mean"], abs=1e-12, rel=0)
+
+
+def test_local_sums_and_sequence_ratios_of_the_golden_sharding() -> None:
+    z, mask = VECTORS.inputs["logp"] - VECTORS.inputs["logp_old"], VECTORS.inputs["mask"]
+    ids = VECTORS.ids.reshape(MASK.shape)
+    alone = float64(PARALLEL["WRONG_seq_ratio_from_local_tokens_only"])
+    sums = []
+    for rank in range(PARALLEL["cp"]):
+        here = rank == OWNER
+        shards = SequenceShards(ids[here], VECTORS.rows)
+        sums.append(shards.sum((z * mask)[here], mask[here]))
+        expected = [float64(PARALLEL[key])[:, rank] for key in ("local_log_ratio_sum", "local_token_count")]
+        torch.testing.assert_close(sums[rank], torch.stack(expected, 1), **TIGHT)
+        torch.testing.assert_close(shards.mean(z[here], mask[here]).exp(), alone[:, rank], **TIGHT)
+    together = SequenceShards(ids[OWNER == 0], VECTORS.rows, reduce=lambda local: local + sums[1])
+    mean = together.mean((z * mask)[OWNER == 0], mask[OWNER == 0])
+    torch.testing.assert_close(mean.exp(), float64(PARALLEL["seq_ratio"]), **TIGHT)
+
+
+def alone(part: list[int]) -> Vectors:
+    """The given sequences as if they were all there are."""
+    out = copy.copy(VECTORS)
+    out.inputs = {name: x[part] for name, x in VECTORS.inputs.items()}
+    out.named = {name: [x[i] for i in part] for name, x in VECTORS.named.items() if len(x) == VECTORS.rows}
+    out.rows, out.ids = len(part), torch.arange(len(part)).repeat_interleave(VECTORS.columns)
+    return out
+
+
+@pytest.mark.parametrize("aggregate", ["token-mean", "seq-mean-token-mean"])
+def test_a_mean_of_micro_batch_means_comes_out_wrong(aggregate: str) -> None:
+    """The golden wrong value, when each micro-batch has its own denominators: the global ones matter."""
+    axes = VECTORS.cases["dapo"]["axes"] | {"aggregate": aggregate}
+    losses = [policy_case(alone(part), axes, torch.float64)[0].item() for part in SPLITS[0]]
+    exact, wrong = (PARALLEL[key][aggregate] for key in ("dapo_loss_exact", "WRONG_dapo_loss_mean_of_microbatch_means"))
+    assert sum(losses) / len(losses) == pytest.approx(wrong, abs=1e-12, rel=0)
+    loss, *_ = policy_case(VECTORS, axes, torch.float64, SPLITS[0])
+    assert loss.item() == pytest.approx(exact, abs=1e-12, rel=0)

@@ -39,7 +39,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "sft", "train", "eval", "convert", "report", "config", "doctor", "verify sync"]
+    "command", ["", "sft", "reward-model", "train", "eval", "convert", "report", "config", "doctor", "verify sync"]
 )
 def test_help_has_an_example(command: str) -> None:
     done = megarl(*command.split(), "--help")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,6 +34,7 @@ BASE = {
     "run_dir": "runs/t",
     "model": {"path": "no/such/model", "generate": {"seed": 1}},
     "sft": {"data": [SOURCE]},
+    "reward_model": {"data": [SOURCE]},
     "rl": {"data": [SOURCE], "algorithm": {"preset": "gspo", "gate": {"low": 3e-4, "high": 4e-4}}},
     "eval": {"data": [SOURCE | {"seed": 9}]},
 }
@@ -57,13 +60,17 @@ def refused(path: Path, *overrides: str, require=None) -> str:
     [
         ("rl.stepz=7", ["rl.stepz = 7", "did you mean rl.steps?"]),
         ("rl.data.0.tsk=x", ["rl.data.0.tsk", "did you mean rl.data.0.task?"]),
-        ("rl.algorithm.gate.hihg=1", ["did you mean rl.algorithm.gate.high?"]),
+        ("rl.algorithm.gates.high=1", ["rl.algorithm.gates", "did you mean rl.algorithm.gate?"]),
         ("tp=2", ["tp = 2", "did you mean parallel.tp?"]),
         ("rl.steps=many", ["rl.steps", '"many"', "valid integer"]),
         ("rl.steps=true", ["rl.steps = true", "valid integer"]),
         ("rl.steps=0", ["rl.steps = 0", "greater than 0"]),
         ("rl.optimizer.lr=.inf", ["rl.optimizer.lr", "finite"]),
-        ("rl.algorithm.ratio=tokn", ["rl.algorithm.ratio", "'token'"]),
+        ("rl.algorithm.ratio=[token]", ["rl.algorithm.ratio", "valid string"]),
+        ("rl.algorithm.kl.coef=-1", ["rl.algorithm.kl.coef = -1", "greater than or equal to 0"]),
+        ("rl.algorithm.kl.weight=1", ["rl.algorithm.kl.weight = 1"]),
+        ("rl.algorithm.veto=1", ["rl.algorithm.veto = 1", "less than 1"]),
+        ("rl.algorithm.fixed_length=0", ["rl.algorithm.fixed_length = 0", "greater than 0"]),
         ("sft=off", ["sft = false", "none", "YAML reads off"]),
         ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "set 2"]),
         ("parallel.tp=4", ["parallel.tp = 4", "2 key/value heads", "set 2"]),
@@ -75,13 +82,19 @@ def refused(path: Path, *overrides: str, require=None) -> str:
         ("model.layers=te", ["model.layers = 'te'", "set model.layers: torch"]),
         ("rollout.tensor_parallel=3", ["rollout.tensor_parallel = 3", "set 2"]),
         ("rl.optimizer_steps_per_rollout=3", ["= 3", "128 sequences", "set 2"]),
-        ("rl.samples_per_prompt=1", ["rl.samples_per_prompt = 1", "set at least 2"]),
         ("rollout.max_response_tokens=512", ["= 512", "context of 512"]),
         ("rl.max_prompt_tokens=500", ["rl.max_prompt_tokens = 500", "set at most 448"]),
         ("rl.micro_batch_tokens=32", ["rl.micro_batch_tokens = 32", "set at least 65"]),
         ("rollout.max_context=1000", ["rollout.max_context = 1000", "512"]),
         ("sft.max_tokens=513", ["sft.max_tokens = 513", "512"]),
         ("sft.validate_every=5", ["sft.validate_every = 5", "sft.validation"]),
+        ("reward_model.data=[]", ["reward_model.data = []", "add a data source"]),
+        ("reward_model.data=[{type: jsonl}]", ["reward_model.data", "without a path"]),
+        ("reward_model.validate_every=5", ["reward_model.validate_every = 5", "reward_model.validation"]),
+        ("reward_model.max_tokens=513", ["reward_model.max_tokens = 513", "512"]),
+        ("reward_model={data: [{type: jsonl, path: x}], max_tokens: 300, micro_batch_tokens: 512}", ["pair", "600"]),
+        ("reward_model.optimizer.betas=[0.9,1.0]", ["reward_model.optimizer.betas", "below 1"]),
+        ("reward.type=model", ["eval.data", "reward = none", "'model'", "none yet"]),
         ("reward.type=exact", ["reward.type = 'exact'", "exact_match"]),
         ("rl.data.0.reward=judge", ["'judge'", "reward.named"]),
         ("rl.data.0.type=jsonl", ["rl.data", "without a path"]),
@@ -109,6 +122,7 @@ def test_dense_models_have_no_expert_parallelism(base: Path) -> None:
 
 def test_sections_are_required_by_the_command_that_reads_them(base: Path) -> None:
     assert refused(base, "sft=none", require="sft").startswith("sft: missing")
+    assert refused(base, "reward_model=none", require="reward_model").startswith("reward_model: missing")
     assert refused(base, "rl=none", require="rl").startswith("rl: missing")
     assert "eval.data" in refused(base, "eval.data=[]", require="eval")
     assert "eval.every" in refused(base, "eval.data=[]", "eval.every=5")
@@ -116,6 +130,25 @@ def test_sections_are_required_by_the_command_that_reads_them(base: Path) -> Non
     assert load_config(base, ["model.generate=none"]).model.generate is None
     assert "no such file" in refused(base, "rl.data=[{type: jsonl, path: no.jsonl}]", require="rl")
     load_config(base, ["rl.data=[{type: jsonl, path: no.jsonl}]"], require="sft")
+
+
+def test_rl_needs_the_reward_models_that_it_names(base: Path, tmp_path: Path) -> None:
+    named = f"{{right: {{}}, quality: {{type: model, params: {{path: {tmp_path}}}}}}}"
+    weighted = ["reward.type=weighted", "reward.params={weights: {right: 1, quality: 0.1}}", f"reward.named={named}"]
+    weighted += ["eval.data.0.reward=right"]
+    message = refused(base, *weighted, require="rl")
+    assert f"reward.named.quality.params.path = '{tmp_path}'" in message and "megarl reward-model writes" in message
+    load_config(base, weighted, require="reward_model")  # it may be what this command is about to make
+    shape = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "max_position_embeddings": 128, "architectures": ["Qwen3ForCausalLM"]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert "['Qwen3ForCausalLM'] is not a reward model" in refused(base, *weighted, require="rl")
+    shape["architectures"] = ["Qwen3ForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert load_config(base, [*weighted, "parallel.ep=2"], require="rl")  # a dense one beside experts
+    line = refused(base, *weighted, "parallel.pp=4", require="rl")
+    assert "parallel.pp = 4" in line and "the reward model's 6 layers" in line
+    assert "eval.data: reward = quality" in refused(base, *weighted, "eval.data.0.reward=quality")
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -161,6 +194,27 @@ def test_none_unsets_only_what_may_be_unset_and_has_no_such_value(base: Path) ->
     assert "valid integer" in refused(base, "seed=none")
 
 
+def test_rl_algorithm_takes_any_axis_from_the_file_and_from_overrides(base: Path) -> None:
+    from megarl.algorithms import PRESETS, check, from_config
+
+    def algorithm(*overrides: str) -> dict[str, Any]:
+        found = from_config(load_config(base, overrides).rl.algorithm)
+        return {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+
+    gspo = {f.name: getattr(PRESETS["gspo"], f.name) for f in dataclasses.fields(PRESETS["gspo"])}
+    assert algorithm() == gspo
+    assert repr(algorithm("rl.algorithm.gate.high=2e-3")["gate"]) == "clip(low=0.0003, high=0.002, dual=None)"
+    assert repr(algorithm("rl.algorithm.gate={type: soft, tau_pos: 2}")["gate"]) == "soft(tau_pos=2, tau_neg=1.05)"
+    changed = {"ratio": "token", "n_seq": "valid"}
+    assert algorithm("rl.algorithm.ratio=token", "rl.algorithm.n_seq=valid") == gspo | changed
+    assert algorithm("rl.algorithm.kl.coef=0.1")["kl"].coef == 0.1
+    assert algorithm("rl.algorithm.correction={level: token, mode: mask, low: 0.5}")["correction"].low == 0.5
+    assert algorithm("rl.algorithm.filter.type=dynamic-sampling")["filter"].type == "dynamic-sampling"
+    assert algorithm("rl.algorithm={preset: dapo, filter: {type: none}}")["filter"] is None
+    refused = load_config(base, ["rl.algorithm.gate.hihg=1"]).rl.algorithm
+    assert check(refused) == "gate clip has no setting hihg; it has: low, high, dual"
+
+
 def test_interpolation_and_environment(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGARL_TEST_DIR", "/somewhere")
     config = load_config(base, ["rl.steps=30", "eval.every=${rl.steps}", "run_dir=${oc.env:MEGARL_TEST_DIR}/x"])
@@ -194,9 +248,10 @@ def test_no_torch_is_imported() -> None:
 
 
 def test_reward_types_are_the_registry_s() -> None:
+    from megarl.rewards import MODEL, WEIGHTED
     from megarl.rewards.functions import BUILT_IN
 
-    assert set(REWARD_TYPES) == set(BUILT_IN) | {"http"}
+    assert set(REWARD_TYPES) == set(BUILT_IN) | {MODEL, WEIGHTED}
 
 
 degrees = st.sampled_from([1, 2, 3, 4, 6, 8])

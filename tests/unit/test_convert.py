@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.config.schema import Model, Parallel
-from megarl.convert import family, load_hf, read_spec, save_hf, stream_hf, validate_folder
+from megarl.convert import family, load_hf, pad_token_id, read_spec, save_hf, stream_hf, validate_folder
 from megarl.errors import BadInput
 from tests.dist.checkpoints import make
 from tests.dist.convert_cases import logits, same, tokens
@@ -74,6 +74,84 @@ def test_logits_and_bits_equal_transformers(name, mesh, tmp_path):
     again = type(reference).from_pretrained(tmp_path / "out", attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(again(tokens(spec.vocab_size)).logits[0], expected)
+
+
+@pytest.mark.parametrize("name", ["moe-mixed", "dense-tied"])
+def test_reward_model_keeps_its_bits_and_its_scores(name, mesh, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    from megarl.config.schema import Config
+    from megarl.data import pack
+    from megarl.learner.policy import Policy
+    from tests.dist.learner_cases import fixed_batch
+
+    kind, changes = VARIANTS[name]
+    make(tmp_path / "in", kind, scorer=True, **changes)
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    assert "score.weight" in before and "lm_head.weight" not in before
+    reward = Policy.from_hf(tmp_path / "in", Config(model=Model(path="unused")), mesh, role="reward")
+    assert reward.spec == read_spec(tmp_path / "in") and reward.spec.head == "scalar"
+    save_hf(tmp_path / "alone", reward.modules, reward.spec, mesh)
+    save_hf(tmp_path / "out", reward.modules, reward.spec, mesh, extra_from=tmp_path / "in")
+    for folder in ("alone", "out"):
+        assert same(load_file(tmp_path / folder / "model.safetensors"), before)
+        assert read_spec(tmp_path / folder) == reward.spec
+
+    batch = fixed_batch()
+    batch.tokens[batch.offsets()[1:3] - 2] = 0  # a padding token inside a sequence is none
+    mine = reward.scores([pack(batch, range(len(batch)), 8)])[0]
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == 0
+    padded = torch.zeros(len(batch), int(batch.lengths.max()), dtype=torch.int64)
+    for row, sequence in enumerate(batch.tokens.split(batch.lengths.tolist())):
+        padded[row, : len(sequence)] = sequence
+    with torch.no_grad():
+        expected = theirs.float()(padded).logits[:, 0]
+    assert expected.std() > 0.1
+    assert (mine - expected).abs().max() <= 1e-4
+
+
+def test_reward_model_from_a_language_model(mesh, tmp_path):
+    """Its weights but for the head, which is 0; the export takes the config and the padding token along."""
+    from transformers import AutoModelForSequenceClassification
+
+    from megarl.config.schema import Config
+    from megarl.learner.policy import Policy
+
+    make(tmp_path / "lm", "qwen3", tie_word_embeddings=True)
+    (tmp_path / "lm" / "generation_config.json").write_text('{"pad_token_id": 5}')
+    reward = Policy.from_hf(tmp_path / "lm", Config(model=Model(path="unused")), mesh, role="reward")
+    save_hf(tmp_path / "rm", reward.modules, reward.spec, mesh, extra_from=tmp_path / "lm")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("lm", "rm"))
+    assert torch.equal(after.pop("score.weight"), torch.zeros(1, 64))
+    assert same(after, {name: tensor for name, tensor in before.items() if name != "lm_head.weight"})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    assert (type(loaded).__name__, loaded.config.pad_token_id) == ("Qwen3ForSequenceClassification", 5)
+    with pytest.raises(BadInput, match="a reward model cannot be the policy"):
+        Policy.from_hf(tmp_path / "rm", Config(model=Model(path="unused")), mesh)
+    damaged = shutil.copytree(tmp_path / "rm", tmp_path / "damaged")
+    rewrite(damaged, lambda tensors: tensors.pop("score.weight"))
+    with pytest.raises(BadInput, match="score.weight is missing"):
+        Policy.from_hf(damaged, Config(model=Model(path="unused")), mesh, role="critic")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, found",
+    [
+        ({"pad_token": "<pad>"}, 9),
+        ({"pad_token": {"content": "<pad>", "special": True}}, 9),
+        ({"pad_token": None}, None),
+        (None, None),
+    ],
+)
+def test_padding_token_of_a_folder_whose_configs_name_none(tokenizer, found, tmp_path):
+    (tmp_path / "config.json").write_text('{"pad_token_id": null}')
+    (tmp_path / "tokenizer.json").write_text(
+        '{"added_tokens": [{"id": 8, "content": "<eos>"}, {"id": 9, "content": "<pad>"}]}'
+    )
+    if tokenizer is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert pad_token_id(tmp_path) == found
 
 
 def test_sharded_export_loads_and_keeps_side_files(checkpoint, mesh, tmp_path):

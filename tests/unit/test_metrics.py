@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import reduce
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megarl.metrics import (
     Max,
     Mean,
     Min,
+    Quantile,
     Std,
     Sum,
     TensorBoardSink,
@@ -81,6 +83,19 @@ def test_values_outside_the_mask_are_not_looked_at_and_a_nan_inside_stays_visibl
     got = reduce_metrics(everything, lambda x: [x])
     assert set(got) == {"mean", "max"}
     assert all(math.isnan(value) for value in got.values())
+
+
+def test_a_quantile_of_any_split_is_that_of_all_observations():
+    torch.manual_seed(0)
+    for spread in (1e-5, 1e-2, 3.0):
+        x = 1 + spread * torch.randn(4000, dtype=torch.float64)
+        mask = torch.rand(4000) < 0.7
+        parts = [Quantile.of(a, b, 0.99, centre=1.0) for a, b in zip(x.split(500), mask.split(500), strict=True)]
+        whole = reduce(Quantile.merge, parts).value()
+        exact = x[mask].quantile(0.99, interpolation="lower").item()
+        assert whole - 1 == pytest.approx(exact - 1, rel=0.01)
+    assert Quantile.of(torch.ones(3), torch.ones(3), 0.99, centre=1.0).value() == 1.0
+    assert math.isnan(Quantile.of(torch.ones(3), torch.zeros(3), 0.99).value())
 
 
 def test_a_name_with_two_types_is_refused():

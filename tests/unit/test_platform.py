@@ -1,7 +1,8 @@
 """Each patch of the seam is needed, and all of them together are enough.
 
 What only shows with several ranks is covered elsewhere: `synchronize` and numpy split sizes by the pp and the tp x ep
-layouts of tests/dist/test_learner.py, vLLM's by test_vllm_patches.py.
+layouts of tests/dist/test_learner.py, that large blocks are given back by the streamed conversion's memory in
+tests/dist/test_convert_layouts.py, vLLM's patches by test_vllm_patches.py.
 """
 
 from __future__ import annotations

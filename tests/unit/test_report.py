@@ -52,6 +52,8 @@ def trajectory(score: float, text: str) -> dict:
 def run_dir(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     write_jsonl(run / "sft" / "metrics.jsonl", [{"step": s, "sft/loss": 3.0 / s} for s in range(1, 9)])
+    preferred = [{"step": s, "reward_model/loss": 0.7 / s, "reward_model/accuracy": 0.9} for s in range(1, 4)]
+    write_jsonl(run / "reward_model" / "metrics.jsonl", preferred)
     write_jsonl(run / "rl" / "metrics.jsonl", [rl_row(s) for s in range(1, 6)])
     evals = [{"step": 0, "accuracy": 0.25, "problems": 400}, {"step": 5, "accuracy": 0.5, "problems": 400}]
     write_jsonl(run / "rl" / "eval.jsonl", evals)
@@ -90,6 +92,7 @@ def test_every_value_of_the_run_is_in_its_chart(run_dir):
     assert shown["accuracy"] == [(0, "25.0%"), (5, "50.0%")]
     assert shown["score"] == [(1, "0.1"), (2, "0.2"), (3, "0.3"), (4, "0.4"), (5, "0.5")]
     assert shown["training"][:2] == [(1, "3"), (2, "1.5")]
+    assert shown["training pairs"] == [(1, "90.0%"), (2, "90.0%"), (3, "90.0%")]
     assert [name for name in shown if name in ("generate", "update")] == ["generate", "update"], "largest phase first"
     assert "shaped reward" not in shown, "it equals the score"
     assert "KL" not in shown, "a series without a number is left out"
@@ -116,7 +119,8 @@ def test_text_of_a_run_is_shown_literally(run_dir):
 
 
 @pytest.mark.parametrize(
-    "missing", ["sft", "rl/eval.jsonl", "rl/rollouts", "config.yaml", "summary.json", "rl", "rl/metrics.jsonl"]
+    "missing",
+    ["sft", "reward_model", "rl/eval.jsonl", "rl/rollouts", "config.yaml", "summary.json", "rl", "rl/metrics.jsonl"],
 )
 def test_a_report_works_without_any_one_piece(run_dir, missing):
     before = len(report(run_dir).charts)

@@ -9,9 +9,10 @@ import pytest
 
 from megarl.config.schema import Reward
 from megarl.errors import BadInput
-from megarl.rewards import RewardRunner, check_reward, required_field
+from megarl.rewards import RewardRunner, check_reward, parts, required_field, verifiers
 from megarl.rewards.functions import build
 from megarl.rewards.tasks import create_dataset
+from megarl.types import Prompt
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,9 @@ def test_one_task_is_imported_without_the_whole_package_and_the_rest_stays_reach
     assert done.stdout.strip() == "True", done.stderr
 
 
+PARTS = {"type": "weighted", "named": {"a": {}, "mean": {}}}
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -76,6 +80,17 @@ def test_one_task_is_imported_without_the_whole_package_and_the_rest_stays_reach
         ({"type": "my rewards:score"}, "set module:function"),
         ({"named": {"a": {"type": "nope"}}}, r"reward.named.a.type: 'nope'"),
         ({"named": {"a": {"named": {"b": {}}}}}, r"reward.named.a.named: \['b'\]; move"),
+        ({"type": "model"}, r"reward.params: \{\} does not fit model; set path"),
+        ({"type": "model", "params": {"path": "x", "scale": 2}}, "'scale': 2.* does not fit model"),
+        ({"named": {"q": {"type": "model", "params": {"path": 3}}}}, "reward.named.q.params: .*does not fit model"),
+        ({"type": "weighted"}, r"reward.params: \{\} does not fit weighted; set weights"),
+        ({"type": "weighted", "params": {"weights": {}}}, "does not fit weighted; set weights"),
+        ({"type": "weighted", "params": {"weights": {"a": 1}}}, r"weights: 'a' is not in reward.named \(none are"),
+        (PARTS | {"params": {"weights": {"a": 1, "c": 1}}}, r"weights: 'c' is not in reward.named \(a, mean\)"),
+        (PARTS | {"params": {"weights": {"a": "much"}}}, r"reward.params.weights.a: 'much'; set a number"),
+        (PARTS | {"params": {"weights": {"a": float("nan")}}}, "weights.a: nan; set a number"),
+        (PARTS | {"params": {"weights": {"mean": 1}}}, "reward.named.mean: .*another name"),
+        ({"named": {"w": {"type": "weighted"}}}, "reward.named.w.type: 'weighted'; only reward.type"),
     ],
 )
 def test_check_reward_names_the_key(reward, message):
@@ -99,6 +114,31 @@ def test_construction_refuses_what_cannot_be_built():
 
 def test_required_field_follows_the_rows_reward():
     reward = Reward(type="reasoning_gym", named={"judge": Reward(type="http"), "same": Reward(type="exact_match")})
-    assert [required_field(reward, name) for name in (None, "judge", "same")] == ["entry", None, "answer"]
+    assert [required_field(reward, name) for name in (None, "judge", "same")] == [("entry",), (), ("answer",)]
     with pytest.raises(BadInput, match=r"reward 'other' is not in reward.named \(judge, same\)"):
         required_field(reward, "other")
+
+
+def test_a_weighted_reward_needs_what_its_parts_need():
+    named = {
+        "right": Reward(type="reasoning_gym"),
+        "same": Reward(),
+        "again": Reward(),
+        "quality": Reward(type="model", params={"path": "x"}),
+        "unused": Reward(type="http"),
+    }
+    reward = Reward(
+        type="weighted", params={"weights": {"right": 1, "same": 0.5, "again": -1, "quality": 2}}, named=named
+    )
+    assert parts(reward, None) == {"right": 1.0, "same": 0.5, "again": -1.0, "quality": 2.0}
+    assert parts(reward, "same") == {"same": 1.0}
+    assert required_field(reward) == ("entry", "answer") and required_field(reward, "quality") == ()
+    assert set(verifiers(reward)) == {"right", "same", "again", "unused"}
+
+
+def test_without_a_verifier_no_process_starts_and_asking_for_one_is_refused():
+    reward = Reward(type="model", params={"path": "x"})
+    with RewardRunner(reward) as runner:
+        assert runner._workers == [] and runner.score([]) == []
+        with pytest.raises(BadInput, match="reward of the config is no verifier"):
+            runner.score([(Prompt("p", (1,), None), "x")])

@@ -79,7 +79,7 @@ def test_each_bad_response_fails_alone_and_results_stay_in_order(verifier, worke
         results = runner.score([(prompt(), text) for text in texts])
     for text, result in zip(texts, results, strict=True):
         if text in bad:
-            assert (result.score, result.failed) == (-1, True), text
+            assert (str(result.score), result.failed) == ("nan" if text == "nan" else "-1.0", True), text
             assert bad[text] in result.reason
         else:
             assert (result.score, result.failed, result.reason) == (1 if text == "true" else len(text), False, "")

@@ -1,0 +1,103 @@
+"""Every preset trains end to end: real learner, real engine, two ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import yaml
+
+from megarl.algorithms import PRESETS
+from tests.dist.harness import run_ranks
+from tests.e2e.program import Project
+from tests.e2e.test_pipeline import without_clocks
+
+STEPS = 5
+BAND = ["rl.algorithm.gate.low=0.01", "rl.algorithm.gate.high=0.013"]  # GSPO's, for responses of three tokens
+OWN = {"gspo": BAND, "gspo_token": BAND, "ppo": ["rl.critic.optimizer.lr=1e-3"]}
+EVERY = [
+    "reward/score", "reward/mean", "response/length_mean", "response/truncated_fraction", "groups/zero_std_fraction",
+    "groups/all_wrong_fraction", "groups/sampled", "groups/trained_without_signal_fraction", "policy/loss",
+    "policy/grad_norm", "policy/entropy", "policy/ratio_mean", "policy/ratio_min", "policy/ratio_max",
+    "policy/ratio_p99", "policy/log_ratio_token_std", "policy/log_ratio_seq_std", "policy/log_ratio_within_seq_var",
+    "policy/kl_old_k1", "policy/kl_old_k3", "policy/zero_grad_frac", "gap/logprob_mean", "sync/gap_mean",
+    "memory/peak_rss_gib", "time/update", "time/step",
+]  # fmt: skip
+BESIDE = {
+    "clip": ["policy/clip_high_frac", "policy/clip_low_frac", "policy/clip_seq_frac"],
+    "soft": ["policy/gate_mean_pos", "policy/gate_mean_neg", "policy/gate_min", "policy/gate_half_closed_frac"],
+    "reference": ["policy/kl_ref"],
+    "old": ["mismatch/rho_mean", "mismatch/ess", "mismatch/kept_frac", "mismatch/kl_k1", "mismatch/kl_k3"],
+    "critic": [
+        "critic/loss",
+        "critic/explained_variance",
+        "critic/grad_norm",
+        "critic/clip_frac",
+        "critic/return_mean",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(warm: Project, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    project = Project.create(tmp_path_factory.mktemp("presets"), model=warm.model)
+    settings = yaml.safe_load(project.config.read_text())
+    settings |= {"eval": {"data": []}, "log": {"tensorboard": False, "rollouts_every": 0}, "checkpoint": {"every": 0}}
+    settings["rl"] |= {"steps": STEPS, "init_from": "model", "prompts_per_step": 8}
+    settings["rl"]["algorithm"] = {}
+    settings["rl"]["optimizer"]["lr"] = 2e-4
+    settings["model"] = {"path": str(warm.run / "sft" / "hf")}
+    project.config.write_text(yaml.safe_dump(settings))
+    presets = {name: OWN.get(name, []) for name in PRESETS}
+    return run_ranks("tests.e2e.cases:train_presets", 2, str(project.config), presets, ["ppo", "dapo"], timeout=290)
+
+
+@pytest.fixture(scope="module")
+def rows(ranks) -> dict[str, list[dict[str, float]]]:
+    return ranks[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_trains(rows, preset):
+    own, algorithm = rows[preset], PRESETS[preset]
+    assert [row["step"] for row in own] == [1, 2, 3, 4, 5]
+    names = [*EVERY, *BESIDE.get(algorithm.gate.type, [])]
+    names += BESIDE["reference"] if algorithm.needs_reference else []
+    names += BESIDE["old"]
+    names += BESIDE["critic"] if algorithm.value is not None else []
+    for row in own:
+        assert [name for name in names if not math.isfinite(row.get(name, math.nan))] == []
+        assert row["policy/grad_norm"] > 0 or row["groups/trained_without_signal_fraction"] == 1.0
+        assert row["sync/gap_mean"] <= 1e-5
+    if algorithm.gate.type != "none":
+        assert any(row["policy/ratio_max"] > 1.0001 for row in own)  # the second optimizer step is off policy
+
+
+def test_dapo_trains_on_groups_with_a_signal_only(rows):
+    assert {row["groups/trained_without_signal_fraction"] for row in rows["dapo"]} == {0.0}
+    assert any(row["groups/kept"] < row["groups/sampled"] for row in rows["dapo"])
+    assert any(row["groups/trained_without_signal_fraction"] > 0 for row in rows["grpo"])
+
+
+@pytest.mark.parametrize("preset", ["ppo", "dapo"])  # a critic with its optimizer; groups carried over between steps
+def test_a_run_continues_to_the_same_end(rows, preset):
+    plain, resumed = ([without_clocks(row) for row in rows[name]] for name in (preset, f"{preset} resumed"))
+    assert resumed == plain
+
+
+def test_dapo_carries_its_surplus_over(rows):
+    assert any(row["groups/carried_over"] > 0 for row in rows["dapo"][:3])
+
+
+def test_the_critic_learns(rows):
+    losses = [row["critic/loss"] for row in rows["ppo"]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_a_number_stops_every_rank_and_keeps_the_micro_batches(ranks):
+    for number, rank in enumerate(ranks):
+        ended = rank["nan"]
+        assert "gradient norm is nan" in ended["said"] and ended["kept"] in ended["said"]
+        assert ended["unchanged"] and ended["kept"].endswith(f"rank{number}.safetensors")
+        assert ended["tokens"] > 0 and ended["replayed"]  # with the loss as it should be, the same step goes through
