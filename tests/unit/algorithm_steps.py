@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +37,11 @@ from megarl.types import SequenceShards
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
 NAN = math.nan
 CONTEXT_PARALLEL = 3
+
+
+def examples(count: int) -> settings:
+    """Settings of a property that no slow machine can make fail."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megarl.algorithms import Outcomes, advantage, explained_variance, group_filter
-from tests.unit.algorithm_steps import CLOSE, NAN, Rollout, make_rollout, outcomes, rollouts
+from tests.unit.algorithm_steps import CLOSE, NAN, Rollout, examples, make_rollout, outcomes, rollouts
 
-usual = settings(max_examples=30, deadline=None)
+usual = examples(30)
 
 
 def mean(x: list[float]) -> float:

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,9 +35,9 @@ from megarl.algorithms.correction import LEVELS as CORRECTION_LEVELS
 from megarl.algorithms.presets import SEQUENCE_LEVELS
 from megarl.algorithms.ratio import LEVELS
 from megarl.types import SequenceShards
-from tests.unit.algorithm_steps import CLOSE, NAN, Rollout, gates, rollouts, take_step
+from tests.unit.algorithm_steps import CLOSE, NAN, Rollout, examples, gates, rollouts, take_step
 
-usual = settings(max_examples=25, deadline=None)
+usual = examples(25)
 AGGREGATES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "fixed-length")
 FIXED_LENGTH = 7
 
@@ -188,7 +188,8 @@ def test_the_gradient_is_the_slope_of_the_loss(ratio: str, r: Rollout, data: st.
         return -sum(weights[t] * one.slope * moved.log_probs[t].item() for t, one in held.items())
 
     slope = (loss_at(h) - loss_at(-h)) / (2 * h)
-    assert (step.gradient * direction).sum().item() == pytest.approx(slope, abs=3e-9, rel=1e-7)
+    rounding = 3e-9 * (1 + abs(step.loss.item()))  # of a difference over 2e-6
+    assert (step.gradient * direction).sum().item() == pytest.approx(slope, abs=rounding, rel=1e-7)
 
 
 @usual

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,6 +41,7 @@ from tests.unit.algorithm_steps import (
     Rollout,
     algorithms,
     estimators,
+    examples,
     expand,
     gates,
     make_rollout,
@@ -50,8 +51,8 @@ from tests.unit.algorithm_steps import (
     token_advantages,
 )
 
-many = settings(max_examples=60, deadline=None)
-some = settings(max_examples=25, deadline=None)
+many = examples(60)
+some = examples(25)
 
 
 def values(metrics: dict) -> dict[str, float]:
@@ -190,7 +191,8 @@ def test_before_the_first_update_every_algorithm_is_reinforce_with_its_own_weigh
     step = take_step(algorithm, r.replace(**same))
     counts = Counts.from_tensor(count(r.mask, r.ids, len(r)))
     weights = algorithm.token_weights(r.mask, r.ids, counts)
-    if algorithm.ratio == "sequence-product":  # the ratio of a product moves n_i times as fast as that of a mean
+    if algorithm.ratio == "sequence-product" and algorithm.gate.type != "stop-gradient-weight":
+        # the ratio of a product moves n_i times as fast as that of a mean
         weights = weights * torch.zeros(len(r), dtype=torch.float64).index_add_(0, r.ids, r.mask)[r.ids]
     torch.testing.assert_close(step.gradient, -weights * token_advantages(algorithm, r.replace(**same)), **CLOSE)
 
@@ -247,7 +249,7 @@ def test_an_affine_change_of_reward_leaves_grpo_alone_and_scales_dr_grpo(
     for scale in ("std", "batch"):
         exact, usual = advantage("group", scale=scale, eps=0.0), advantage("group", scale=scale, eps=1e-6)
         torch.testing.assert_close(exact(changed).advantages, exact(plain).advantages, **close)
-        torch.testing.assert_close(usual(changed).advantages, usual(plain).advantages, atol=1e-4, rtol=0)
+        torch.testing.assert_close(usual(changed).advantages, usual(plain).advantages, atol=1e-3, rtol=0)
     for scaled in (advantage("group", scale="none"), advantage("leave-one-out")):
         torch.testing.assert_close(scaled(changed).advantages, a * scaled(plain).advantages, **close)
 

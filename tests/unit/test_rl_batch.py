@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megarl.algorithms import (
@@ -32,8 +32,9 @@ from megarl.metrics import Metric, Sum, merge
 from megarl.trainers import rl_batch
 from megarl.trainers.group_pool import GroupPool
 from megarl.types import Batch, MicroBatch, Prompt, PromptGroup, SequenceShards, Trajectory
+from tests.unit.algorithm_steps import examples
 
-usual = settings(max_examples=25, deadline=None)
+usual = examples(25)
 SCORES = (0.0, 1.0, 0.5, None)
 
 
