@@ -10,6 +10,7 @@ trap 'rm -f "$xml"' EXIT
 code=0
 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow --timeout 3600 --junit-xml "$xml" "$@" || code=$?
 .venv/bin/python - "$xml" tools/bench/results/slow_tests.md <<'PY'
+import datetime
 import os
 import sys
 import xml.etree.ElementTree as ET
@@ -21,7 +22,8 @@ rows = [
     for case in ET.parse(source).iter("testcase")
 ]
 with open(target, "w") as out:
-    out.write(f"# Slow tests\n\n`tools/test_slow.sh` on {len(os.sched_getaffinity(0))} CPU cores.\n\n")
+    cores, today = len(os.sched_getaffinity(0)), datetime.date.today()
+    out.write(f"# Slow tests\n\n`tools/test_slow.sh` on {cores} CPU cores, {today}.\n\n")
     out.write("\n".join(["| test | time | result |", "|---|---|---|", *rows]) + "\n")
 PY
 exit "$code"
