@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -56,10 +57,12 @@ def main() -> None:
         raise
     except Exception as e:
         code = _fail_usage(e) if hasattr(e, "format_message") else _fail_unexpectedly(e)
-    if launcher.is_rank() and code:
+    if launcher.is_rank():
+        if not code:  # a failed rank must not wait for the others in an exit handler
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # a failed rank must not wait for the others in an exit handler
+        os._exit(code)  # gloo's threads can outlive their owners in an ordinary exit, which then ends in std::terminate
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C while Python shuts down would replace the exit code
     sys.exit(code)
 
