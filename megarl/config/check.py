@@ -27,7 +27,7 @@ def smallest_world(config: Config) -> int:
 
 def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
-    _check_software(config)
+    _check_software(config, require)
     _check_layout(config)
     _check_sections(config, require)
     _check_sources(config, must_exist=require)
@@ -129,11 +129,9 @@ def _read_config_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_software(config: Config) -> None:
-    if config.parallel.cp > 1:
-        raise BadInput(
-            f"parallel.cp = {config.parallel.cp}: no layer provider here splits sequences; set parallel.cp: 1"
-        )
+def _check_software(config: Config, require: Command | None) -> None:
+    if config.model.dtype == "float64" and require in ("rl", "eval", "sync"):
+        raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
