@@ -78,7 +78,6 @@ def refused(path: Path, *overrides: str, require=None) -> str:
         ("parallel.etp=3", ["parallel.etp = 3", "64 expert", "set 2"]),
         ("parallel.pp=3", ["parallel.pp = 3", "4 layers"]),
         ("parallel.vpp=2", ["parallel.vpp = 2", "parallel.pp above 1"]),
-        ("parallel.cp=2", ["parallel.cp = 2", "set parallel.cp: 1"]),
         ("model.layers=te", ["model.layers = 'te'", "set model.layers: torch"]),
         ("rollout.tensor_parallel=3", ["rollout.tensor_parallel = 3", "set 2"]),
         ("rl.optimizer_steps_per_rollout=3", ["= 3", "128 sequences", "set 2"]),
