@@ -144,6 +144,12 @@ class MicroBatch:
     sequence_ids: Tensor  # [N + padding] int64
 
     @property
+    def held(self) -> Tensor:
+        """[N + padding] int64: the token of `batch` in each row; -1: padding."""
+        real = self.batch.tokens.numel()
+        return torch.cat([torch.arange(real), torch.full((self.num_padding,), -1)])
+
+    @property
     def num_padding(self) -> int:
         return self.tokens.numel() - self.batch.tokens.numel()
 

@@ -17,9 +17,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 
 
 def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
-    """Adam with decoupled weight decay over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16."""
+    """Adam with decoupled weight decay, or plain gradient descent, over DDP-wrapped chunks.
+
+    Main weights are float32 when `dtype` is bfloat16.
+    """
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.type,
+        sgd_momentum=0.0,
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,

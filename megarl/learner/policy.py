@@ -20,6 +20,7 @@ from megarl.learner.optimizer import build_optimizer, build_schedule
 from megarl.metrics import Max, Mean, Metric, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.log_probs import token_log_probs
+from megarl.models.moe.replay import RoutingReplay
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
@@ -90,6 +91,7 @@ class Policy:
             config.grad_scale_func = self.optimizer.scale_loss
         self.chunks = chunks
         self.updates = 0  # optimizer steps taken: the policy version
+        self.routing: RoutingReplay | None = None  # set: routers take the experts of `MicroBatch.batch`
         self._run = get_forward_backward_func()
 
     @classmethod
@@ -235,12 +237,15 @@ class Policy:
 
     def _row(self, micro_batch: MicroBatch) -> PackedRow:
         device = platform.device()
-        return PackedRow.build(
+        row = PackedRow.build(
             micro_batch.cu_seqlens.to(device),
             micro_batch.position_ids.to(device),
             self.spec.head_dim,
             self.spec.rope_theta,
         )
+        if self.routing is not None and micro_batch.batch.routed_experts is not None:
+            row.routed_experts = self.routing.rows(micro_batch, device)
+        return row
 
     @torch.no_grad()
     def _outputs(

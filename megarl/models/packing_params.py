@@ -33,6 +33,7 @@ class PackedRow(PackedSeqParams):
     buckets: tuple[AttentionBucket, ...] = ()
     restore: Tensor | None = None  # [n] into the concatenated bucket outputs; None: they are in order
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim] float32
+    routed_experts: Tensor | None = None  # [n, L, k] for routers under replay; -1: their own choice
 
     @classmethod
     def build(cls, cu_seqlens: Tensor, position_ids: Tensor, head_dim: int, rope_theta: float) -> PackedRow:
