@@ -17,10 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 
 
 def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
-    """Adam with decoupled weight decay, or plain gradient descent, over DDP-wrapped chunks.
-
-    Main weights are float32 when `dtype` is bfloat16.
-    """
+    """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16."""
     config = OptimizerConfig(
         optimizer=settings.type,
         sgd_momentum=0.0,

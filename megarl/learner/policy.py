@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from megarl import platform
-from megarl.config.schema import Config, Optimizer
+from megarl.config.schema import Config, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
+from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule
-from megarl.metrics import Max, Mean, Metric, merge
+from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.log_probs import token_log_probs
 from megarl.models.moe.replay import RoutingReplay
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
-from megarl.parallel import Mesh
+from megarl.parallel import GroupSum, Mesh
 from megarl.types import MicroBatch, SequenceShards
 
 platform.setup()
@@ -39,9 +40,9 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
 Role = Literal["policy", "reference", "critic", "reward"]
-# (the micro-batch's tokens on the device, *what the role's output is read as, shards) -> its share of the step's loss,
-# metrics. Between batch and shards stand, by role: log-probs [n] and entropy [n]; values [n] of a critic; scores [S] of
-# a reward model.
+# (the micro-batch's tokens that this rank scores, on the device, *what the role's output is read as, shards) -> its share
+# of the step's loss, metrics. Between batch and shards stand, by role: log-probs [m] and entropy [m]; values [m] of a
+# critic; scores [S] of a reward model, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
 
@@ -75,24 +76,47 @@ class Policy:
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
-        self.config = transformer_config(spec, cfg.model, mesh)
-        dtype = DTYPES[cfg.model.dtype]
-        self.modules = build_model(spec, cfg.model, mesh)  # what convert reads and writes
-        chunks = [Float16Module(self.config, m) for m in self.modules] if dtype is torch.bfloat16 else self.modules
+        self.layout = batch_layout(spec, cfg.parallel, mesh)  # what the micro-batches of this model must be packed for
+        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel)
+        self.dtype = DTYPES[cfg.model.dtype]
+        self._modules = build_model(spec, cfg.model, mesh, cfg.parallel)
+        is_half = self.dtype is torch.bfloat16
+        self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
         self.optimizer = self.schedule = None
+        self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
-            distributed = cfg.parallel.distributed_optimizer
-            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-            chunks = [DistributedDataParallel(self.config, ddp, c) for c in chunks]
-            self.optimizer = build_optimizer(optimizer, dtype, chunks, distributed)
-            self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
-            config = get_model_config(chunks[0])
-            config.finalize_model_grads_func = finalize_model_grads
-            config.grad_scale_func = self.optimizer.scale_loss
-        self.chunks = chunks
+            self._prepare_training(optimizer, cfg.parallel, total_steps)
         self.updates = 0  # optimizer steps taken: the policy version
         self.routing: RoutingReplay | None = None  # set: routers take the experts of `MicroBatch.batch`
         self._run = get_forward_backward_func()
+
+    def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
+        # Megatron's distributed optimizer knows half and single precision only
+        distributed = parallel.distributed_optimizer and self.dtype is not torch.float64
+        self._gathers_late = parallel.overlap_param_gather and distributed
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=self.dtype is not torch.float64,
+            use_distributed_optimizer=distributed,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=self._gathers_late,
+        )
+        self.chunks = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        self.optimizer = build_optimizer(optimizer, self.dtype, self.chunks, distributed)
+        self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
+        config = get_model_config(self.chunks[0])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    @property
+    def modules(self) -> list[Any]:
+        """This rank's chunks of the model, with the weights of the last update: what convert reads and writes."""
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        return self._modules
 
     @classmethod
     def from_hf(cls, path: str | Path, cfg: Config, mesh: Mesh, role: Role = "policy", **settings: Any) -> Policy:
@@ -110,7 +134,7 @@ class Policy:
 
     def load_hf(self, path: str | Path) -> None:
         """Replace the weights, and the optimizer's main copy of them, by those of a Hugging Face folder."""
-        load_hf(path, self.modules, self.spec, self.mesh)
+        load_hf(path, self._modules, self.spec, self.mesh)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -121,21 +145,22 @@ class Policy:
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probs and entropies `[n]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
+        """Log-probs and entropies `[N]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
-        The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
-        `temperature`: of the softmax, None: the one sampled with.
+        0 at tokens that this rank does not score (see `MicroBatch.owned`). The same packing and code path as
+        `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of the softmax, None: the
+        one sampled with.
         """
         outputs = self._outputs(micro_batches, temperature)
-        return [o[0] for o in outputs], [o[1] for o in outputs]
+        log_probs, entropies = ([_at_owned(m, o[i]) for m, o in zip(micro_batches, outputs)] for i in (0, 1))
+        return log_probs, entropies
 
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Of a critic: the value `[n]` of the state before each real token, float32 on the CPU; empty off the last stage.
+        """Of a critic: the value `[N]` of the state before each real token, float32 on the CPU; empty off the last stage.
 
-        Entry t is the head's output at t - 1, the shift of `log_probs`: entry 0, and the first token of any later
-        sequence, mean nothing.
+        Entry t is the head's output at t - 1, the shift of `log_probs`; 0 at tokens that this rank does not score.
         """
-        return [values for (values,) in self._outputs(micro_batches)]
+        return [_at_owned(m, values) for m, (values,) in zip(micro_batches, self._outputs(micro_batches))]
 
     def scores(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Of a reward model: the head's output `[S]` at the last token of each sequence, float32 on the CPU.
@@ -162,7 +187,7 @@ class Policy:
         lr = self.next_lr()
         applied, grad_norm = self._apply()
         metrics: dict[str, Metric] = {}
-        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:  # the other ranks would repeat the same numbers
+        if self._reports:
             for item in collected:
                 merge(metrics, item)
         own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
@@ -178,10 +203,15 @@ class Policy:
         with self._evaluating(), torch.no_grad():
             collected = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
         metrics: dict[str, Metric] = {}
-        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
+        if self._reports:
             for item in collected:
                 merge(metrics, item)
         return metrics
+
+    @property
+    def _reports(self) -> bool:
+        # all context-parallel ranks know a reward model's scores, and compute the same loss from them
+        return self.mesh.reports and (self.role != "reward" or self.mesh.cp_rank == 0)
 
     def _apply(self) -> tuple[bool, float]:
         """Measure the gradient, check that it is finite on every rank, clip and step."""
@@ -242,6 +272,8 @@ class Policy:
             micro_batch.position_ids.to(device),
             self.spec.head_dim,
             self.spec.rope_theta,
+            self.mesh.cp_group,
+            torch.promote_types(self.dtype, torch.float32),
         )
         if self.routing is not None and micro_batch.batch.routed_experts is not None:
             row.routed_experts = self.routing.rows(micro_batch, device)
@@ -261,26 +293,55 @@ class Policy:
         return outputs if self.mesh.is_last_stage else []
 
     def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
-        """What a loss of this role gets of the head's output (padding cut off), differentiable.
+        """What a loss of this role gets of the head's output, differentiable.
 
-        Log-probs and entropy `[n]`; values `[n]`, each at the token its state comes before; or scores `[S]`.
+        Log-probs and entropy `[m]`, or values `[m]`, of the tokens this rank scores; or all scores `[S]`.
         """
-        real = micro_batch.batch.tokens.numel()
-        if self.role in SCALAR_ROLES:
-            numbers = out[0, :, 0]
-            if self.role == "reward":
-                return (numbers[micro_batch.batch.offsets()[1:].to(out.device) - 1],)
-            return (torch.cat([numbers.new_zeros(1), numbers[:-1]])[:real],)
-        tokens = micro_batch.tokens.to(out.device)
-        log_probs, entropy = token_log_probs(
-            out[0], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
+        targets = micro_batch.targets.to(out.device)
+        if self.role == "reward":
+            return (self._scores(micro_batch.last_rows.to(out.device), out[0, :, 0]),)
+        rows = (targets >= 0).nonzero()[:, 0]
+        if self.role == "critic":
+            return (out[0, :, 0][rows],)
+        tokens = micro_batch.batch.tokens.to(out.device)[targets[rows]]
+        return token_log_probs(
+            out[0][rows], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
         )
-        return log_probs[:real], entropy[:real]
+
+    def _scores(self, last_rows: Tensor, numbers: Tensor) -> Tensor:
+        """[S], the same on every context-parallel rank; each score has a gradient on the rank that computed it."""
+        mine = last_rows >= 0
+        scores = torch.where(mine, numbers[last_rows.clamp(min=0)], 0.0)
+        if self.mesh.cp == 1:
+            return scores
+        return scores + GroupSum(self.mesh.cp_group)(scores.detach().clone()) - scores.detach()
 
     def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
-        batch = micro_batch.batch.to(out.device)
-        shards = SequenceShards(batch.sequence_ids(), len(batch))
-        return loss(batch, *self._read(micro_batch, out), shards)
+        batch, reduce = micro_batch.local_batch().to(out.device), GroupSum(self.mesh.cp_group)
+        shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
+        value, metrics = loss(batch, *self._read(micro_batch, out), shards)
+        if self.mesh.cp > 1:
+            metrics["sequences/bytes_reduced"] = Sum(reduce.bytes)
+        return value, metrics
+
+
+def batch_layout(spec: ModelSpec, parallel: Parallel, mesh: Mesh) -> BatchLayout:
+    """How batches are shared out and packed for this model on this mesh."""
+    return BatchLayout(
+        dp=mesh.dp,
+        dp_rank=mesh.dp_rank,
+        cp=mesh.cp,
+        cp_rank=mesh.cp_rank,
+        row_multiple=mesh.tp,
+        count_multiple=mesh.pp if mesh.vpp else 1,
+        attention=spec.attention_cost,
+        equal_rows=spec.is_moe and parallel.dispatcher == "allgather",
+    )
+
+
+def _at_owned(micro_batch: MicroBatch, values: Tensor) -> Tensor:
+    """[N]: `values` at the tokens that this rank scores, 0 elsewhere."""
+    return values.new_zeros(micro_batch.batch.tokens.numel()).index_copy_(0, micro_batch.owned, values)
 
 
 def _megatron_loss(
@@ -293,5 +354,5 @@ def _megatron_loss(
     product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
     token.
     """
-    loss = loss * scale + 0.0 * out.float().sum()
+    loss = loss * scale + 0.0 * out.sum(dtype=torch.promote_types(out.dtype, torch.float32))
     return loss, torch.ones((), dtype=torch.int, device=out.device), metrics

@@ -11,28 +11,24 @@ from torch.distributed import ProcessGroup
 
 
 def token_log_probs(
-    logits: Tensor, tokens: Tensor, vocab_size: int, group: ProcessGroup, temperature: float = 1.0
+    logits: Tensor, targets: Tensor, vocab_size: int, group: ProcessGroup, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token given the ones before it, and the entropy it was drawn from.
+    """Log-probability of each row's target, and the entropy it was drawn from.
 
-    logits `[n, V/tp]` of one packed row, tokens `[n]`; columns at or beyond `vocab_size` are padding and get no mass.
-    Returns log-probs `[n]` (float32, differentiable) and entropy `[n]` in nats (float32, no gradient), both stored at
-    the token's own index: entry t comes from the logits at t - 1. Entry 0, and the first token of any later document,
-    mean nothing and are masked by the caller.
+    logits `[n, V/tp]`, targets `[n]`; columns at or beyond `vocab_size` are padding and get no mass. Returns log-probs
+    `[n]` (float32 or wider, differentiable) and entropy `[n]` in nats (no gradient).
     """
-    log_probs, entropy = _VocabParallelLogProb.apply(logits[:-1], tokens[1:], vocab_size, group, temperature)
-    pad = log_probs.new_zeros(1)
-    return torch.cat([pad, log_probs]), torch.cat([pad, entropy])
+    return _VocabParallelLogProb.apply(logits, targets, vocab_size, group, temperature)
 
 
 class _VocabParallelLogProb(torch.autograd.Function):
-    """log softmax at the target over a vocabulary sharded across `group`; one pass, float32."""
+    """log softmax at the target over a vocabulary sharded across `group`; one pass, float32 or wider."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, group: ProcessGroup, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() / temperature
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         width = scaled.shape[-1]
         start = group.rank() * width
         if start + width > vocab_size:

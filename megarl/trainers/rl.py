@@ -19,7 +19,7 @@ from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy, StepResult
 from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
-from megarl.parallel import Mesh
+from megarl.parallel import GroupSum, Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
@@ -31,7 +31,6 @@ from megarl.trainers.common import (
     check_applied,
     finish_export,
     memory_metrics,
-    pad_multiple,
     start_path,
 )
 from megarl.trainers.display import task
@@ -218,8 +217,8 @@ class RLTrainer:
             for micro in packed:
                 for one, log_probs in zip(micro, self.policy.log_probs(micro)[0], strict=False):
                     one.batch.old_log_probs = log_probs
-                    if self.mesh.tp_rank == 0:
-                        merge(metrics, engine_gap(one.batch, log_probs))
+                    if self.mesh.reports:
+                        merge(metrics, engine_gap(one.local_batch(), log_probs[one.owned]))
         if self.reference is not None:
             model, parked = self.reference
             with parked.on_device():
@@ -240,13 +239,12 @@ class RLTrainer:
         What the passes found is gathered first when it has a say: each rank knows it for its own micro-batches only.
         """
         mine = [micro for part in packed for micro in part]
-        one_copy = self.mesh.is_last_stage and self.mesh.tp_rank == 0
         if self.algorithm.needs_old_log_probs or self.critic is not None:
-            ranks = self.mesh.all_gather_object(rl_batch.recorded(mine) if one_copy else [])
+            ranks = self.mesh.all_gather_object(rl_batch.recorded(mine) if self.mesh.reports else [])
             batch = rl_batch.with_recorded(batch, (item for rank in ranks for item in rank))
         batch, metrics = rl_batch.with_decisions(batch, parts, self.algorithm)
         rl_batch.decide(mine, batch)
-        gap = rl_batch.mismatch_metrics(mine, self.algorithm) if one_copy else {}
+        gap = rl_batch.mismatch_metrics(mine, self.algorithm, GroupSum(self.mesh.cp_group)) if self.mesh.reports else {}
         return batch, (metrics if self.mesh.is_main else {}) | gap
 
     def _update(self, micro: list[MicroBatch], number: int) -> dict[str, Metric]:
@@ -344,15 +342,7 @@ class RLTrainer:
         return reduced
 
     def _pack(self, batch: Batch) -> list[MicroBatch]:
-        mesh = self.mesh
-        return micro_batches(
-            batch,
-            self.cfg.rl.micro_batch_tokens,
-            mesh.dp_rank,
-            mesh.dp,
-            pad_multiple(mesh),
-            count_multiple=mesh.pp if mesh.vpp else 1,
-        )
+        return micro_batches(batch, self.cfg.rl.micro_batch_tokens, self.policy.layout)
 
     def _warmup_steps(self) -> int:
         """Rollout steps in which only the critic is trained."""

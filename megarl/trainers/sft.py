@@ -10,7 +10,14 @@ from megarl.data import SFTData, load_eval_prompts, load_tokenizer, micro_batche
 from megarl.learner.policy import Policy
 from megarl.metrics import Mean, Metric, reduce_metrics
 from megarl.parallel import Mesh
-from megarl.trainers.common import Loop, check_applied, finish_export, memory_metrics, pad_multiple, starting_checkpoint
+from megarl.trainers.common import (
+    Loop,
+    check_applied,
+    finish_export,
+    learner_tokens,
+    memory_metrics,
+    starting_checkpoint,
+)
 from megarl.trainers.display import task
 from megarl.trainers.losses import token_mean_loss
 from megarl.types import Batch, MicroBatch
@@ -97,21 +104,12 @@ class SFTTrainer:
         seconds = phases.seconds("update")
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object)
-        tokens = sum(sum(g) for g in self.mesh.all_gather_object([m.tokens.numel() for m in packed]))
-        copies = self.mesh.tp * self.mesh.pp * self.mesh.cp  # ranks that share one data-parallel share
-        reduced["throughput/learner_tokens_per_second"] = tokens / copies / max(seconds, 1e-9)
+        reduced["throughput/learner_tokens_per_second"] = learner_tokens(packed, self.mesh) / max(seconds, 1e-9)
         return reduced
 
     def _pack(self, batch: Batch) -> list[MicroBatch]:
         batch = batch.replace(token_weights=batch.response_mask / batch.response_mask.sum().clamp(min=1))
-        return micro_batches(
-            batch,
-            self.cfg.sft.micro_batch_tokens,
-            self.mesh.dp_rank,
-            self.mesh.dp,
-            pad_multiple(self.mesh),
-            count_multiple=self.mesh.pp if self.mesh.vpp else 1,
-        )
+        return micro_batches(batch, self.cfg.sft.micro_batch_tokens, self.policy.layout)
 
     def _validate(self) -> dict[str, Metric]:
         total: Metric | None = None

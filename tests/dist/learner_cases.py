@@ -46,7 +46,7 @@ def train(
     settings = Optimizer(lr=1e-3, clip_grad=1.0, weight_decay=0.01)
     policy = Policy.from_hf(path, cfg, mesh, optimizer=settings, total_steps=10)
     batch = fixed_batch()
-    packed = micro_batches(batch, budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+    packed = micro_batches(batch, budget, policy.layout)
     out = []
     for _ in range(steps):
         result = policy.train_step(packed, negative_log_likelihood)
@@ -77,7 +77,7 @@ def replayed_routing(path: str, parallel: dict[str, Any]) -> dict[str, bool]:
     cfg = Config(model=Model(path=path), parallel=Parallel(**parallel))
     mesh = Mesh.build(cfg.parallel)
     policy = Policy.from_hf(path, cfg, mesh, optimizer=Optimizer(lr=3e-2), total_steps=10)
-    packed = micro_batches(fixed_batch(), 400, mesh.dp_rank, mesh.dp)
+    packed = micro_batches(fixed_batch(), 400, policy.layout)
     assert len(packed) == 1  # Megatron keeps one record a layer
     seen: list[torch.Tensor] = []
 

@@ -26,7 +26,7 @@ def test_weighted_swiglu_and_its_gradient():
 
 def test_rotary_and_its_gradient():
     torch.manual_seed(0)
-    rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0)
+    rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0, torch.float32)
     x = torch.randn(6, 2, 3, 8, requires_grad=True)
     cos, sin = (part[:, None, None] for part in rotary)
     first, second = x.chunk(2, -1)

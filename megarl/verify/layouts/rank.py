@@ -15,14 +15,13 @@ from torch import Tensor
 from megarl.config.schema import Config, Optimizer
 from megarl.convert import stream_gradients, stream_hf
 from megarl.convert.hf_io import read_json, write_json
-from megarl.data.packing import micro_batches, pack
+from megarl.data.packing import BatchLayout, micro_batches, pack
 from megarl.errors import RunFailed
 from megarl.learner.policy import Policy
 from megarl.metrics import reduce_metrics
 from megarl.models.build import DTYPES
 from megarl.models.moe.replay import RoutingReplay
 from megarl.parallel import Mesh
-from megarl.trainers.common import pad_multiple
 from megarl.types import Batch, MicroBatch
 from megarl.verify.layouts import step
 from megarl.verify.layouts.names import Layout, parse
@@ -76,7 +75,7 @@ class _Run:
         result: dict[str, Any] = {"loss_name": loss.name}
         for kind, optimizer in OPTIMIZERS.items():
             policy = self._policy(loss, optimizer, sharded=kind == "adam")
-            done = policy.train_step(self._packed(loss), loss.function)
+            done = policy.train_step(self._packed(loss, policy.layout), loss.function)
             if not done.applied:
                 raise RunFailed(f"{self.layout.name}, {loss.name}: the gradient norm is {done.grad_norm}")
             metrics = reduce_metrics(done.metrics, self.mesh.all_gather_object)
@@ -96,21 +95,13 @@ class _Run:
         cfg = self.cfg.model_copy(update={"parallel": parallel})
         return _pinned(self.folder / loss.role, cfg, self.mesh, role=loss.role, optimizer=optimizer)
 
-    def _packed(self, loss: Loss) -> list[MicroBatch]:
-        mesh = self.mesh
+    def _packed(self, loss: Loss, layout: BatchLayout) -> list[MicroBatch]:
         batch = loss.batch.replace(routed_experts=self.recorded(loss.role).routed_experts)
         if self.layout.permuted:
             batch = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(PERMUTATION)))
         if self.layout.unpacked:
-            return [pack(batch, [sequence]) for sequence in range(len(batch))]
-        return micro_batches(
-            batch,
-            self.layout.budget,
-            mesh.dp_rank,
-            mesh.dp,
-            pad_multiple(mesh),
-            count_multiple=mesh.pp if mesh.vpp else 1,
-        )
+            return [pack(batch, [sequence], layout) for sequence in range(len(batch))]
+        return micro_batches(batch, self.layout.budget, layout)
 
     def _worst(self, what: str, tensors: Iterator[tuple[str, Tensor]], floor: float) -> list[Any]:
         """[difference, name] of the tensor furthest from the single process's, over all ranks' copies.
@@ -150,7 +141,7 @@ def _record(folder: Path, cfg: Config, mesh: Mesh) -> None:
     for role in ("policy", "critic"):
         policy = _pinned(folder / role, cfg, mesh, role=role)
         batch = step.make_batch(policy.spec.vocab_size, DTYPES[cfg.model.dtype])
-        micro = pack(batch, range(len(batch)))
+        micro = pack(batch, range(len(batch)), policy.layout)
         if policy.routing is None:
             said.append(_read(policy, micro))
             continue
@@ -164,5 +155,5 @@ def _record(folder: Path, cfg: Config, mesh: Mesh) -> None:
 
 
 def _read(policy: Policy, micro: MicroBatch) -> Tensor:
-    """[N]: log-probs of a policy, values of a critic."""
+    """[N]: log-probs of a policy, values of a critic; 0 for the first token of a sequence, which nothing scores."""
     return policy.log_probs([micro])[0][0] if policy.role == "policy" else policy.values([micro])[0]
