@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "distopt": {"distributed_optimizer": True},
 }
 PACKINGS = ("unpacked", "permuted")
+REFERENCE = "one"  # the layout that all are compared with
 BUDGET = 160  # tokens of a packed row, over all context-parallel ranks
 DEFAULT = (
     "dp2", "tp2", "pp2", "pp2vpp2", "ep2", "ep4", "etp2", "cp2", "cp4", "tp2ep2", "cp2ep2", "pp2cp2", "tp2pp2ep2",

@@ -24,7 +24,7 @@ from megarl.models.moe.replay import RoutingReplay
 from megarl.parallel import Mesh
 from megarl.types import Batch, MicroBatch
 from megarl.verify.layouts import step
-from megarl.verify.layouts.names import Layout, parse
+from megarl.verify.layouts.names import REFERENCE, Layout, parse
 from megarl.verify.layouts.step import Loss
 
 Kind = Literal["sgd", "adam"]
@@ -35,7 +35,6 @@ OPTIMIZERS: dict[Kind, Optimizer] = {
     "adam": Optimizer(lr=0.1, eps=1e-3, clip_grad=0.1, weight_decay=0.01),
 }
 FLOOR = 1e-6  # of the whole gradient's norm: a tensor's gradient below it is compared with this instead of its own
-REFERENCE = "one"
 PERMUTATION = 5  # seed
 
 
