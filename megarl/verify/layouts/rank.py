@@ -74,13 +74,13 @@ class _Run:
         result: dict[str, Any] = {"loss_name": loss.name}
         for kind, optimizer in OPTIMIZERS.items():
             policy = self._policy(loss, optimizer, sharded=kind == "adam")
-            done = policy.train_step(self._packed(loss, policy.layout), loss.function)
+            done = policy.train_step(self._packed(loss, policy.layout), loss)
             if not done.applied:
                 raise RunFailed(f"{self.layout.name}, {loss.name}: the gradient norm is {done.grad_norm}")
             metrics = reduce_metrics(done.metrics, self.mesh.all_gather_object)
             result[f"grad_norm/{kind}"] = self.mesh.all_gather_object(done.grad_norm)
             if kind == "sgd":
-                result |= {"loss": metrics[loss.value], "acting": metrics.get(loss.acting or "")}
+                result |= {"loss": metrics["total"], "acting": metrics.get(loss.acting or "")}
                 result["problems"] = step.problems(loss, metrics)
                 gradients = stream_gradients(policy.modules, policy.spec, self.mesh)
                 result["gradient"] = self._worst(f"{loss.name}/gradient", gradients, FLOOR)

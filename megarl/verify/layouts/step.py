@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms import PRESETS, gate
+from megarl.metrics import Metric, Sum
 from megarl.trainers import rl_batch
 from megarl.trainers.losses import critic_loss, rl_loss, token_mean_loss
 from megarl.types import Batch, SequenceShards
@@ -41,14 +42,18 @@ RECORDED = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "values", "re
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss on the whole batch: what `Policy.train_step` gets, and the metric that says how many gates act."""
+    """One loss on the whole batch, as `Policy.train_step` takes it, and the metric that says how many of its gates act."""
 
     name: str
     role: str  # of the model it trains
     batch: Batch
     function: Callable[..., Any]
-    value: str  # its metric
     acting: str | None = None  # the metric: a share of tokens, or of sequences
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, dict[str, Metric]]:
+        """The loss, and among its metrics the share itself as `total`."""
+        share, metrics = self.function(*inputs)
+        return share, metrics | {"total": Sum(share.detach())}
 
 
 def make_batch(vocab: int, dtype: torch.dtype) -> Batch:
@@ -111,13 +116,13 @@ def losses(batch: Batch) -> list[Loss]:
         ("sapo", sapo, closed),
     ):
         decided = rl_batch.with_decisions(batch, [batch], algorithm)[0]
-        out.append(Loss(name, "policy", decided, partial(rl_loss, algorithm), "policy/loss", acting))
+        out.append(Loss(name, "policy", decided, partial(rl_loss, algorithm), acting))
     decided = rl_batch.with_decisions(batch, [batch], ppo)[0].replace(returns=batch.returns)
     varying = decided.replace(advantages=_normal("advantages", len(batch.tokens)).float())
-    out.append(Loss("ppo", "policy", varying, partial(rl_loss, ppo), "policy/loss", clipped))
-    out.append(Loss("critic", "critic", decided, partial(critic_loss, ppo), "critic/loss", "critic/clip_frac"))
+    out.append(Loss("ppo", "policy", varying, partial(rl_loss, ppo), clipped))
+    out.append(Loss("critic", "critic", decided, partial(critic_loss, ppo), "critic/clip_frac"))
     mean = batch.response_mask / batch.response_mask.sum()
-    out.append(Loss("sft", "policy", batch.replace(token_weights=mean), token_mean_loss, "sft/loss"))
+    out.append(Loss("sft", "policy", batch.replace(token_weights=mean), token_mean_loss))
     return out
 
 
