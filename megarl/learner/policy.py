@@ -41,7 +41,7 @@ from megatron.core.utils import get_model_config  # noqa: E402
 Role = Literal["policy", "reference", "critic", "reward"]
 # (the micro-batch's tokens that this rank scores, on the device, *what the role's output is read as, shards) -> its share
 # of the step's loss, metrics. Between batch and shards stand, by role: log-probs [m] and entropy [m]; values [m] of a
-# critic; scores [S] of a reward model, the same on all context-parallel ranks, as is then the loss.
+# critic; scores [S] of a reward model, with whole sequences, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
 
@@ -311,7 +311,8 @@ class Policy:
         return scores + GroupSum(self.mesh.cp_group)(scores.detach().clone()) - scores.detach()
 
     def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
-        batch, reduce = micro_batch.local_batch().to(out.device), GroupSum(self.mesh.cp_group)
+        batch = micro_batch.batch if self.role == "reward" else micro_batch.local_batch()
+        batch, reduce = batch.to(out.device), GroupSum(self.mesh.cp_group)
         shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
         value, metrics = loss(batch, *self._read(micro_batch, out), shards)
         if self.mesh.cp > 1:
