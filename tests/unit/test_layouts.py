@@ -142,3 +142,27 @@ def test_mixed_models_stay_mixed(tmp_path):
     spec = replace(small(), num_layers=12, moe_layers=tuple(range(6, 12)))
     write_json(tmp_path / "config.json", family(spec.family).write_config(spec))
     assert shrunken(Config(model=Model(path=str(tmp_path)))).moe_layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_float64_router_gives_float64_gates(score, before):
+    from megarl import platform
+
+    platform.setup()
+    from megatron.core.transformer.moe import router
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    probs, chosen = router.topk_routing_with_score_function(logits, 2, use_pre_softmax=before, score_function=score)
+    if score == "sigmoid":
+        kept = torch.where(chosen, logits.sigmoid(), 0.0)
+        expected = kept / (kept.sum(-1, keepdim=True) + 1e-20)
+    elif before:
+        expected = torch.where(chosen, logits.softmax(-1), 0.0)
+    else:
+        expected = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+    assert chosen.sum(-1).unique().tolist() == [2]
+    assert torch.allclose(probs, expected, rtol=0, atol=1e-15)
+    (mine,), (wanted,) = (torch.autograd.grad(x.square().sum(), logits, retain_graph=True) for x in (probs, expected))
+    assert torch.allclose(mine, wanted, rtol=0, atol=1e-14)
