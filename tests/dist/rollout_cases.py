@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +39,7 @@ def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict
     probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     families = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
-    out: dict[str, Any] = {
+    out: dict[str, Any] = _shared_memory() | {
         "replica": engine.layout.index,
         "gap": [gap.mean, gap.max],
         "differing": [str(item) for item in families if item.differs],
@@ -89,26 +91,22 @@ def _sample(config: Config, mesh: Any, engine: Any, count: int) -> tuple[list[st
     return asked, own, RLTrainer._sample(trainer, count, ROUND)
 
 
+def _shared_memory() -> dict:
+    """The name of the engine's segment, and the files that this process maps under /dev/shm and could be found there."""
+    from vllm.distributed import get_tp_group
+
+    shared = getattr(get_tp_group().device_communicator, "dist_module", None)
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split(maxsplit=5)[5].strip() for line in maps if "/dev/shm/" in line}
+    return {
+        "segment": getattr(shared, "group_name", None),
+        "segments": [name for name in mapped if Path(name).exists()],
+        "port": os.environ["MASTER_PORT"],
+    }
+
+
 def _tokens(groups: list) -> list[dict]:
     return [
         {"prompt": group.prompt.prompt_id, "responses": [t.response_ids for t in group.trajectories]}
         for group in groups
     ]
-
-
-def tensor_parallel_gap(path: str, rounds: int) -> float:
-    """The learner/engine gap of a two-rank engine, scored again and again while another job does the same."""
-    from megarl.learner.policy import Policy
-    from megarl.learner.probes import probe_log_probs
-    from megarl.rollout.weight_sync import make_probes, measure_gap
-
-    degrees = Parallel(tp=2)
-    engine, mesh = start(path, parallel=degrees, tensor_parallel=2)
-    policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=degrees), mesh)
-    probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
-    expected = probe_log_probs(policy, probes)
-    worst = 0.0
-    for _ in range(rounds):
-        worst = max(worst, measure_gap(engine, probes, expected, mesh).max)
-        engine.reset_prefix_cache()
-    return worst
