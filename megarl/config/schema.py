@@ -149,8 +149,7 @@ class Parallel(Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts: each to its expert's rank, or all to all ranks (small ep, many experts a token)."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of attention, norms and MLPs or experts, or all of a
-    layer."""
+    """Activations computed again in the backward pass: none, those of norms and of MLPs or experts, or all of a layer."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel ranks (a float64 model does not)."""
     overlap_grad_reduce: bool = False

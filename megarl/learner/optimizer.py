@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megarl import platform
 from megarl.config.schema import Optimizer
@@ -55,6 +57,44 @@ def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> Opt
     )
 
 
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """Euclidean norm of the whole model's gradient, every parameter counted once, summed in float64. Collective.
+
+    After `prepare_grads`. Megatron's own is summed in float32.
+    """
+    total = 0.0
+    for part in _parts(optimizer):
+        squares = torch.zeros((), dtype=torch.float64, device=platform.device())
+        gradients = part.get_main_grads_for_grad_norm() if _has_parameters(part) else []
+        if gradients:
+            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += float(squares)
+    return math.sqrt(total)
+
+
+@torch.no_grad()
+def clip_gradient(optimizer: Any, norm: float, largest: float) -> None:
+    """Scale the gradient, whose norm is `norm`, down to the norm `largest`; 0 leaves it."""
+    scale = largest / (norm + 1e-6)
+    if largest <= 0 or scale >= 1:
+        return
+    for part in _parts(optimizer):
+        gradients = [p.grad for p in part.get_parameters() if p.grad is not None] if _has_parameters(part) else []
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Dense parameters and experts have optimizers of their own; those of all virtual stages too."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _has_parameters(part: Any) -> bool:
+    return not getattr(part, "is_stub_optimizer", False)
+
+
 def init_state(optimizer: Any) -> None:
     """Give a fresh optimizer zero moments, so that a checkpoint can be loaded into it.
 
@@ -76,7 +116,7 @@ def separate_steps(optimizer: Any) -> None:
 
 
 def _torch_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 for p in group["params"]:

@@ -17,7 +17,7 @@ from megarl.config.schema import Config, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
 from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
-from megarl.learner.optimizer import build_optimizer, build_schedule
+from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.log_probs import token_log_probs
@@ -33,7 +33,6 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
@@ -213,16 +212,11 @@ class Policy:
 
     def _apply(self) -> tuple[bool, float]:
         """Measure the gradient, check that it is finite on every rank, clip and step."""
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         overflow = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self.optimizer)
         if self.mesh.any(overflow or not math.isfinite(grad_norm)):
             return False, grad_norm
-        clip = self.optimizer.config.clip_grad
-        for part in parts:
-            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-            if clip > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+        clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
         self.updates += 1

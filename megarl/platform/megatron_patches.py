@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def install() -> None:
@@ -21,6 +22,12 @@ def install() -> None:
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
     token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
+    import megatron.core.tensor_parallel.mappings as mappings
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    mappings._gather_along_first_dim = _gather_any(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_any(mappings._reduce_scatter_along_first_dim)
+    CheckpointWithoutOutput.__init__ = _say_fp8(CheckpointWithoutOutput.__init__)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
@@ -52,6 +59,51 @@ def _unless_sorted(plain: Any) -> Any:
         return (tokens, probs) if order.in_order else plain(tokens, sizes, order, probs=probs, fused=fused)
 
     return sort
+
+
+def _is_gloo(group: Any, tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and dist.get_world_size(group) > 1
+
+
+def _gather_any(plain: Any) -> Any:
+    """gloo gathers equal sizes only; expert tensor parallelism gathers as many tokens as each rank has."""
+
+    def gather(
+        x: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or not _is_gloo(group, x):
+            return plain(x, group, output_split_sizes, use_global_buffer)
+        most = max(output_split_sizes)
+        padded = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
+        out = x.new_empty(len(output_split_sizes) * most, *x.shape[1:])
+        dist.all_gather_into_tensor(out, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(out.split(most), output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_any(plain: Any) -> Any:
+    """The backward of `_gather_any`: gloo scatters equal sizes only."""
+
+    def reduce_scatter(
+        x: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or not _is_gloo(group, x):
+            return plain(x, group, input_split_sizes, use_global_buffer)
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[dist.get_rank(group)].clone()
+
+    return reduce_scatter
+
+
+def _say_fp8(plain: Any) -> Any:
+    """Megatron takes `fp8=False`, its default, for true, and then asks Transformer Engine, which may not be there."""
+
+    def init(self: Any, fp8: Any = False) -> None:
+        plain(self, fp8 or None)
+
+    return init
 
 
 def _one_generator(record: logging.LogRecord) -> bool:
