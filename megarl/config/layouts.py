@@ -29,7 +29,7 @@ ON_REQUEST = (
     "first_stage_layers",
     "last_stage_layers",
 )  # never suggested to who did not ask for it
-MOST, TRIED = 3, 20_000  # suggestions, and layouts looked at for them: a third of a second
+MOST, WIDTH = 3, 40  # suggestions, and layouts that the search goes on from after each change
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def check_layout(config: Config, shapes: Sequence[Shape], world_size: int | None
 def misfits(config: Config, shapes: Sequence[Shape], world_size: int | None) -> Iterator[Misfit]:
     """Every rule that the layout breaks."""
     yield from _combinations(config.parallel)
+    yield from _optimizers(config)
     for shape in shapes:
         yield from _learner(config.parallel, shape)
     yield from _engine(config, shapes)
@@ -100,21 +101,21 @@ def nearest(config: Config, shapes: Sequence[Shape], world_size: int | None, set
     The size of the world stays what it was where that is possible. Each as `tp=2 pp=2 ep=4`.
     """
     choices = {setting: _choices(config, shapes, world_size, setting) for setting in settings}
-    choices = {setting: values for setting, values in choices.items() if values}
-    tried = 0
-    for count in range(1, len(choices) + 1):
-        found = []
-        for changed in itertools.combinations(choices, count):
-            for values in itertools.product(*(choices[setting] for setting in changed)):
-                tried += 1
-                if tried > TRIED:
-                    return [text for _, text in sorted(found)[:MOST]]
-                change = dict(zip(changed, values, strict=True))
-                other = _with(config, change)
-                if next(misfits(other, shapes, world_size), None) is None:
-                    found.append((_distance(config, other, change, world_size), _describe(other, change)))
-        if found:
-            return [text for _, text in sorted(found)[:MOST]]
+    changes: list[dict[str, Any]] = [{}]
+    for _ in choices:
+        grown = {}
+        for change, (setting, values) in itertools.product(changes, choices.items()):
+            for value in () if setting in change else values:
+                more = change | {setting: value}
+                if frozenset(more.items()) not in grown:
+                    other = _with(config, more)
+                    broken = sum(1 for _ in misfits(other, shapes, world_size))
+                    distance = _distance(config, other, more, world_size)
+                    grown[frozenset(more.items())] = (broken, distance, _describe(other, more), more)
+        ranked = sorted(grown.values(), key=lambda found: found[:3])
+        if ranked and ranked[0][0] == 0:
+            return [text for broken, _, text, _ in ranked[:MOST] if not broken]
+        changes = [more for *_, more in ranked[:WIDTH]]
     return []
 
 
@@ -141,6 +142,21 @@ def _combinations(p: Parallel) -> Iterator[Misfit]:
             f"which are {_text(p.distributed_optimizer)} and {_text(p.overlap_grad_reduce)}",
             OVERLAPPING,
         )
+
+
+def _optimizers(config: Config) -> Iterator[Misfit]:
+    """Megatron shards Adam's state only; a float64 model has no distributed optimizer anyhow."""
+    if not config.parallel.distributed_optimizer or config.model.dtype == "float64":
+        return
+    rl = config.rl
+    found = {name: getattr(config, name).optimizer for name in ("sft", "reward_model") if getattr(config, name)}
+    found |= {} if rl is None else {"rl": rl.optimizer, "rl.critic": rl.critic.optimizer}
+    for name, optimizer in found.items():
+        if optimizer.type != "adam":
+            yield Misfit(
+                f"{name}.optimizer.type = {optimizer.type}: the distributed optimizer shards Adam's state only",
+                OVERLAPPING,
+            )
 
 
 def _learner(p: Parallel, shape: Shape) -> Iterator[Misfit]:
@@ -305,7 +321,10 @@ def _choices(config: Config, shapes: Sequence[Shape], world_size: int | None, se
         numbers = [n for n in numbers if all(shape.config.get(key, n) % n == 0 for shape in shapes)]
     if name in SIZES and world_size is not None:
         numbers = [n for n in numbers if world_size % n == 0]
-    numbers = sorted(numbers, key=lambda number: abs(math.log2(number / value)))[:12]
+    numbers.sort(key=lambda number: abs(math.log2(number / value)))
+    numbers = [
+        n for place, n in enumerate(numbers) if place < 8 or n.bit_count() == 1
+    ]  # the closest, and powers of two
     return [*numbers, None] if name in ("vpp", *STAGES[:2]) else numbers
 
 
