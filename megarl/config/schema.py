@@ -354,7 +354,11 @@ class Rollout(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; the learner divides its logits by the same."""
     tensor_parallel: Positive = 1
-    """Ranks that share one engine."""
+    """Ranks that share one replica of the model, and its prompts."""
+    data_parallel: Positive = 1
+    """Replicas that share their experts and decode in lock-step, each its own prompts; needs expert_parallel."""
+    expert_parallel: bool = False
+    """Whole experts are dealt out over the tensor_parallel x data_parallel ranks; false: every expert's columns are."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25
     """Key/value cache per engine on a CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from megarl import platform
+from megarl.platform import vllm_cpu_parallel
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -84,12 +85,25 @@ def install() -> None:
 
         # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported, which may be long ago
         torch._dynamo.config.disable = True
+        vllm_cpu_parallel.install()
 
 
 def after_start(runner: Any) -> None:
     """Settle what needs the engine's model runner."""
+    _unlink_shared_memory()
     if platform.name() == "cpu":
         runner.sampler.topk_topp_sampler.forward = SeededSampler(runner)
+
+
+def _unlink_shared_memory() -> None:
+    """Take back the names of segments that all ranks have mapped by now: a job that is killed then leaves none behind."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.mq_broadcaster is not None and group.rank_in_group == 0:
+        group.mq_broadcaster.buffer.shared_memory.unlink()
+    if platform.name() == "cpu" and group.world_size > 1:
+        vllm_cpu_parallel.shared_memory_file(group.device_communicator).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
