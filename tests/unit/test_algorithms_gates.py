@@ -432,7 +432,7 @@ def test_the_critic_s_loss_by_hand(r: Rollout, clip: float | None, data: st.Data
     loss, gradient, clipped = 0.0, torch.zeros_like(new), 0
     for t, weight in weights.items():
         v, old, ret = new[t].item(), r.values[t].item(), target[t].item()
-        near = old + max(-clip, min(clip, v - old)) if clip else v
+        near = old + max(-clip, min(clip, v - old)) if clip and abs(v - old) > clip else v
         assume(clip is None or abs(abs(v - old) - clip) > 1e-9)
         wins = (near - ret) ** 2 > (v - ret) ** 2
         clipped += wins
