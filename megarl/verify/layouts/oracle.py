@@ -21,6 +21,7 @@ from megarl.verify.layouts.names import DEFAULT, REFERENCE, Layout, parse
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 COMMAND = (sys.executable, "-m", "megarl")
+STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C, SIGTERM
 HEADER = (
     f"{'layout':<22} {'ranks':>5}  {'loss of':<7} {'loss':>8} {'norm':>8} {'sgd':>8} {'adam':>8} {'gradient':>8}"
     "  largest in"
@@ -131,7 +132,7 @@ def compare_layouts(
                 out.rows.append(row)
                 say(row.line())
     finally:
-        if not out.broken and sys.exc_info()[0] in (None, BadInput):
+        if not out.broken and sys.exc_info()[0] is not RunFailed:  # the logs say why
             shutil.rmtree(folder)
     return out
 
@@ -165,6 +166,7 @@ def _reference(folder: Path, command: Sequence[str]) -> list[dict[str, Any]]:
         raise RunFailed(f"verify layouts: one process alone {found}")
     problems = [problem for result in found for problem in result["problems"]]
     if problems:
+        shutil.rmtree(folder)
         raise RunFailed(f"verify layouts: this step proves too little: {'; '.join(problems)}")
     return found
 
@@ -173,8 +175,8 @@ def _launch(layout: Layout, folder: Path, command: Sequence[str]) -> list[dict[s
     """The results of a layout, or how its ranks failed."""
     logs = folder / "logs" / layout.name
     code = launcher.launch([*command, "verify", "layout-rank", str(folder), layout.name], layout.world, logs, 2)
-    if code > 2:
-        raise KeyboardInterrupt
+    if code in STOPPED:
+        raise SystemExit(code)
     if code:
         return f"ended with code {code}; logs in {logs}"
     return read_json(folder / f"{layout.name}.json", f"look into {logs}")["losses"]
