@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 from megarl.types import MicroBatch
 
@@ -23,7 +24,8 @@ class RoutingReplay:
     """The routers of one model (`chunks` of this rank), by the global number of their layer.
 
     A row of experts that starts with -1 stands for "its own choice": padding is routed live. Gates are computed from
-    the router's own scores of the given experts, so that its gradient flows as ever.
+    the router's own scores of the given experts, so that its gradient flows as ever. Raises RunFailed for routers that
+    would not ask.
     """
 
     def __init__(self, chunks: list[nn.Module], spec: ModelSpec, tp_rank: int) -> None:
@@ -32,10 +34,13 @@ class RoutingReplay:
         for chunk in chunks:
             for layer in chunk.decoder.layers:
                 number = layer.layer_number - 1
-                if number in spec.moe_layers:
-                    replay = LayerReplay(spec.moe_layers.index(number), tp_rank, layer.mlp.moe_layer_recompute)
-                    layer.mlp.router.router_replay = self.layers[number] = replay
-                    layer.register_forward_pre_hook(replay.enter, with_kwargs=True)
+                if number not in spec.moe_layers:
+                    continue
+                if layer.config.moe_router_fusion:
+                    raise RunFailed("routing replay: the fused router chooses experts by itself; unset moe_router_fusion")
+                replay = LayerReplay(spec.moe_layers.index(number), tp_rank, layer.mlp.moe_layer_recompute)
+                layer.mlp.router.router_replay = self.layers[number] = replay
+                layer.register_forward_pre_hook(replay.enter, with_kwargs=True)
 
     def rows(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
         """[n, L, k] int64: the experts of the token that each of this rank's rows holds; -1 on padding."""
