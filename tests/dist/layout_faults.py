@@ -101,8 +101,8 @@ def other_experts() -> None:
     """Routers are given other experts than those of the single process."""
     from megarl.models.moe.replay import RoutingReplay
 
-    plain = RoutingReplay.rows
-    RoutingReplay.rows = lambda self, *args: torch.where((rows := plain(self, *args)) < 0, rows, (rows + 1) % 8)
+    plain = RoutingReplay.local
+    RoutingReplay.local = lambda self, *args: torch.where((rows := plain(self, *args)) < 0, rows, (rows + 1) % 8)
 
 
 def quiet_gates() -> None:
