@@ -121,6 +121,8 @@ def compare_layouts(
         for layout, reason in skipped:
             say(f"{layout.name:<22} skipped: {reason}")
         reference = _reference(folder, command)
+        shares = [f"{result['loss_name']} {result['acting']:.0%}" for result in reference if result["acting"] is not None]
+        say(f"gates that act in it: {', '.join(shares)}")
         say(HEADER)
         for layout in runs:
             found = _launch(layout, folder, command)
