@@ -162,6 +162,14 @@ class MicroBatch:
         """[m] int64, ascending: the tokens of `batch` that this rank scores; no first token of a sequence is one."""
         return self.targets[self.targets >= 0]
 
+    @property
+    def held(self) -> Tensor:
+        """[n] int64: the token of `batch` in each row; -1: padding."""
+        held = torch.where(self.targets >= 0, self.targets - 1, -1)
+        here = self.last_rows >= 0
+        held[self.last_rows[here]] = self.batch.offsets()[1:][here] - 1
+        return held
+
     def local_batch(self) -> Batch:
         """The tokens that this rank scores, aligned with `owned`; every sequence is there, some perhaps empty."""
         return self.batch.take(self.owned)

@@ -12,7 +12,7 @@ from megarl.config.layouts import Shape, check_layout
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
 
-Command = Literal["sft", "reward_model", "rl", "eval", "sync"]
+Command = Literal["sft", "reward_model", "rl", "eval", "sync", "model"]
 
 FAMILIES = ("qwen3_moe", "qwen3")
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")

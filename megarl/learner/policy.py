@@ -21,6 +21,7 @@ from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradi
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.log_probs import token_log_probs
+from megarl.models.moe.replay import RoutingReplay
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 from megarl.parallel import GroupSum, Mesh
@@ -40,7 +41,7 @@ from megatron.core.utils import get_model_config  # noqa: E402
 Role = Literal["policy", "reference", "critic", "reward"]
 # (the micro-batch's tokens that this rank scores, on the device, *what the role's output is read as, shards) -> its share
 # of the step's loss, metrics. Between batch and shards stand, by role: log-probs [m] and entropy [m]; values [m] of a
-# critic; scores [S] of a reward model, the same on all context-parallel ranks, as is then the loss.
+# critic; scores [S] of a reward model, with whole sequences, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
 
@@ -85,6 +86,7 @@ class Policy:
         if optimizer is not None:
             self._prepare_training(optimizer, cfg.parallel, total_steps)
         self.updates = 0  # optimizer steps taken: the policy version
+        self.routing: RoutingReplay | None = None  # set: routers take the experts of `MicroBatch.batch`
         self._run = get_forward_backward_func()
 
     def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
@@ -259,7 +261,7 @@ class Policy:
 
     def _row(self, micro_batch: MicroBatch) -> PackedRow:
         device = platform.device()
-        return PackedRow.build(
+        row = PackedRow.build(
             micro_batch.cu_seqlens.to(device),
             micro_batch.position_ids.to(device),
             self.spec.head_dim,
@@ -267,6 +269,9 @@ class Policy:
             self.mesh.cp_group,
             torch.promote_types(self.dtype, torch.float32),
         )
+        if self.routing is not None and micro_batch.batch.routed_experts is not None:
+            row.routed_experts = self.routing.rows(micro_batch, device)
+        return row
 
     @torch.no_grad()
     def _outputs(
@@ -306,7 +311,8 @@ class Policy:
         return scores + GroupSum(self.mesh.cp_group)(scores.detach().clone()) - scores.detach()
 
     def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
-        batch, reduce = micro_batch.local_batch().to(out.device), GroupSum(self.mesh.cp_group)
+        batch = micro_batch.batch if self.role == "reward" else micro_batch.local_batch()
+        batch, reduce = batch.to(out.device), GroupSum(self.mesh.cp_group)
         shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
         value, metrics = loss(batch, *self._read(micro_batch, out), shards)
         if self.mesh.cp > 1:

@@ -46,6 +46,7 @@ class PackedRow(PackedSeqParams):
     restore: Tensor | None = None  # [n] into the concatenated bucket outputs; None: they are in order
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim], float32 or wider
     cp_group: ProcessGroup | None = None  # None: this rank has all keys
+    routed_experts: Tensor | None = None  # [n, L, k] for routers under replay; -1: their own choice
 
     @classmethod
     def build(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
@@ -22,6 +23,9 @@ def install() -> None:
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
     token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
+    from megatron.core.transformer.moe import router
+
+    router.topk_routing_with_score_function = _in_float64(router.topk_routing_with_score_function)
     import megatron.core.tensor_parallel.mappings as mappings
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -59,6 +63,26 @@ def _unless_sorted(plain: Any) -> Any:
         return (tokens, probs) if order.in_order else plain(tokens, sizes, order, probs=probs, fused=fused)
 
     return sort
+
+
+def _in_float64(plain: Any) -> Any:
+    """The router's scores are float32 whatever `moe_router_dtype` says; float64 logits keep their precision."""
+
+    def route(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if logits.dtype is not torch.float64:
+            return plain(logits, *args, **kwargs)
+        with _NoFloat32():
+            return plain(logits, *args, **kwargs)
+
+    return route
+
+
+class _NoFloat32(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0]
+        wide = {"dtype": torch.float64} if function is torch.softmax else {}
+        return function(*args, **{**(kwargs or {}), **wide})
 
 
 def _is_gloo(group: Any, tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl import algorithms, launcher
-from megarl.algorithms import LossInputs, effective_sample_size, explained_variance, policy_loss, value_loss
+from megarl.algorithms import effective_sample_size, explained_variance
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
 from megarl.data import PromptSource, load_tokenizer, micro_batches
@@ -37,6 +37,7 @@ from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
 from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
+from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
@@ -268,27 +269,11 @@ class RLTrainer:
 
     def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the step's loss, and its metrics."""
-        inputs = LossInputs(
-            log_probs=log_probs,
-            advantages=batch.advantages,
-            token_weights=batch.token_weights,
-            mask=batch.response_mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs,
-            rollout_log_probs=batch.rollout_log_probs,
-            mismatch_weights=batch.mismatch_weights,
-            entropy=entropy,
-        )
-        loss, metrics = policy_loss(self.algorithm, inputs, shards)
-        if batch.old_log_probs is None:
-            metrics |= engine_gap(batch, log_probs.detach())
-        return loss, metrics
+        return rl_loss(self.algorithm, batch, log_probs, entropy, shards)
 
     def critic_loss(self, batch: Batch, values: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the critic's loss, and its metrics."""
-        return value_loss(
-            self.algorithm.value, values, batch.values, batch.returns, batch.token_weights, batch.response_mask
-        )
+        return critic_loss(self.algorithm, batch, values, shards)
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
@@ -382,12 +367,3 @@ class RLTrainer:
         path, cfg = self.cfg.rl.reference or self.start_path, self.cfg
         model = Policy.from_hf(path, cfg, self.mesh, role="reference", temperature=cfg.rollout.temperature)
         return model, HostParked(model.modules)
-
-
-def engine_gap(batch: Batch, log_probs: Tensor) -> dict[str, Metric]:
-    """|learner - engine| log-prob of the sampled tokens, in nats: the mismatch the update works with."""
-    gap = (log_probs - batch.rollout_log_probs).abs()
-    return {
-        "gap/logprob_mean": Mean.of(gap, batch.response_mask),
-        "gap/logprob_max": Max.of(gap, batch.response_mask),
-    }

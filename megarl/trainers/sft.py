@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from megarl import launcher
 from megarl.config.schema import Config
@@ -23,7 +19,8 @@ from megarl.trainers.common import (
     starting_checkpoint,
 )
 from megarl.trainers.display import task
-from megarl.types import Batch, MicroBatch, SequenceShards
+from megarl.trainers.losses import token_mean_loss
+from megarl.types import Batch, MicroBatch
 
 # the learner's names -> the names of an SFT run
 RENAMED = {"policy/grad_norm": "sft/grad_norm", "policy/lr": "sft/lr", "policy/grad_norm_max": "sft/grad_norm_max"}
@@ -39,13 +36,6 @@ def run(cfg: Config) -> None:
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, cfg.model.path)
     finally:
         trainer.loop.close()
-
-
-def token_mean_loss(batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
-    """Cross-entropy with the batch's global token weights."""
-    chosen = torch.where(batch.response_mask > 0, log_probs, 0.0)
-    loss = -(batch.token_weights * chosen).sum()
-    return loss, {"sft/loss": Mean(-chosen.detach().double().sum(), batch.response_mask.double().sum())}
 
 
 class LossTarget:
