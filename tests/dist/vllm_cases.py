@@ -127,10 +127,14 @@ def patches(path: str) -> dict:
 
     import vllm.envs
     import vllm.utils.network_utils
+    from vllm.distributed.device_communicators import cpu_communicator
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.usage import usage_lib
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    kernel = inspect.getsource(cpu_moe.CPUUnquantizedExperts).partition("def apply(")[2]
+    shared_name = inspect.getsource(cpu_communicator._CPUSHMDistributed).partition("def make_group_name(")[2]
     plain = {key: os.environ.pop(key) for key in vllm_patches.environment()}
     defaults = {
         key: str(vllm.envs.environment_variables[key]()) for key in plain if key in vllm.envs.environment_variables
@@ -162,6 +166,9 @@ def patches(path: str) -> dict:
         "ip": vllm.utils.network_utils.get_ip(),
         "compiles": "@torch.compile" in inspect.getsource(topk_topp_sampler),
         "rewinds": ".set_offset(" in inspect.getsource(GPUModelRunner._bookkeeping_sync),
+        "uses_expert_map": kernel.count("expert_map") > 1,  # more than as a parameter
+        "gathers_uneven": "def all_gatherv" in inspect.getsource(cpu_communicator.CpuCommunicator),
+        "names_the_job": "MASTER_PORT" in shared_name.partition("    def ")[0],
         "dynamo_disabled": torch._dynamo.config.disable,
         "dynamo_frames": int(torch._dynamo.utils.counters["frames"]["total"]),
         "synced": synced,
@@ -190,7 +197,7 @@ def _process_state() -> dict:
     }
 
 
-def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees) -> dict:
+def sync(path: str, dtype: str = "float32", rollout: dict[str, Any] = {}, **degrees) -> dict:
     """Syncs a learner into an engine started without weights, whole and then broken in several ways."""
     platform.setup()
     from megarl.convert import stream_hf
@@ -200,7 +207,7 @@ def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees)
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
-    engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, tensor_parallel=tensor_parallel)
+    engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
     policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=dtype), parallel=parallel), mesh)
     spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)

@@ -53,6 +53,12 @@ def test_vllm_rewinds_generators_and_a_cpus_cannot(facts):
         torch.Generator().get_offset()
 
 
+@pytest.mark.parametrize("name", ["uses_expert_map", "gathers_uneven", "names_the_job"])
+def test_vllm_still_lacks_what_engines_of_several_cpu_ranks_need(facts, name):
+    """That the patches are enough is seen in tests/dist/test_rollout_layouts.py."""
+    assert facts[name] is False
+
+
 def test_uniforms_are_splitmix64():
     """First outputs of the reference implementation for seed 1234567 (prng.di.unimi.it, splitmix64.c)."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
