@@ -92,6 +92,11 @@ def gated_experts(
     return _module().gated_experts(x, weight1, weight2, ends, probs)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x) * weight` over the last dimension, `weight [H]`, in the dtype of both; differentiable."""
+    return _module().rms_norm(x, weight, eps)
+
+
 def empty_cache() -> None:
     """Return unused device memory to the driver; nothing to do on a CPU."""
     _module().empty_cache()

@@ -74,6 +74,12 @@ def gated_experts(
     return GatedExperts.apply(x, weight1, weight2, ends, probs)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    from megarl.platform.cpu_norm import RMSNorm
+
+    return RMSNorm.apply(x, weight, eps)
+
+
 def empty_cache() -> None:
     """Host memory is kept, see `_keep_memory`."""
 

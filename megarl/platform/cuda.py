@@ -45,6 +45,10 @@ def gated_experts(
     return cuda_experts.gated_experts(x, weight1, weight2, ends, probs)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
 def empty_cache() -> None:
     torch.cuda.empty_cache()
 

@@ -14,6 +14,15 @@ from megarl.models.packing_params import _rotary  # noqa: E402
 from megarl.platform import cpu_products, cuda_experts  # noqa: E402
 
 
+def test_rms_norm_and_its_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 5, 8, dtype=torch.float64).split([1, 4], 2)[1].requires_grad_()  # strided, as queries are
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-3)
+    assert torch.allclose(platform.rms_norm(x, weight, 1e-3), expected, atol=1e-14, rtol=0)
+    assert torch.autograd.gradcheck(lambda x, weight: platform.rms_norm(x, weight, 1e-3), (x, weight))
+
+
 def test_rotary_and_its_gradient():
     torch.manual_seed(0)
     rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0)
