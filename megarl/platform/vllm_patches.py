@@ -10,13 +10,14 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from megarl import platform
+from megarl.platform import vllm_direct
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -119,6 +120,27 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
         random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
         if device_state is not None:
             torch.cuda.set_rng_state(device_state)
+
+
+def direct_layers(model: torch.nn.Module, tensor_parallel: int) -> dict[str, vllm_direct.Layer] | None:
+    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`."""
+    return vllm_direct.layers(model) if platform.name() == "cpu" and tensor_parallel == 1 else None
+
+
+def load_weights(runner: Any, direct: dict[str, vllm_direct.Layer] | None, tensors: Iterable) -> None:
+    """Replace the weights by a stream of Hugging Face tensors, each of which is copied before the next is asked for."""
+    model = runner.get_model()
+    if direct is None:
+        with reloading(model):
+            runner.reload_weights(weights_iterator=_copies(tensors))
+    else:
+        vllm_direct.load(direct, tensors)
+        _pack_tied_output(model)
+
+
+def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor.detach().clone()
 
 
 @contextlib.contextmanager
