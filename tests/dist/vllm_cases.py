@@ -172,6 +172,7 @@ def patches(path: str) -> dict:
         "direct": direct,
         "places": sorted(engine._direct) == sorted(weights),
         "refusals": [_refusal(engine, tensors) for tensors in _bad_streams(weights)],
+        "norms": _norms(),
         "partly": partly,
     }
 
@@ -261,6 +262,25 @@ def _refusal(engine, tensors: dict) -> str:
     except RunFailed as error:
         return str(error)
     return "accepted"
+
+
+def _norms() -> dict:
+    """vLLM's norm as patched and as it comes, on strided and plain inputs."""
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = RMSNorm.__new__(RMSNorm)
+    torch.nn.Module.__init__(norm)
+    norm.weight, norm.variance_epsilon, norm.variance_size_override = torch.nn.Parameter(torch.randn(8)), 1e-6, None
+    norm.has_weight = norm.pass_weight = norm.pass_weight_add = True
+    x, residual = torch.randn(5, 4, 8)[:, :3], torch.randn(5, 24).view(5, 3, 8)
+    plain, added = x.contiguous(), x + residual
+    gaps = [norm.forward_cpu(x) - norm.forward_native(x)]
+    gaps += [a - b for a, b in zip(norm.forward_cpu(plain, residual), (norm.forward_native(added), added))]
+    return {
+        "is_native": "forward_native" in inspect.getsource(CustomOp.forward_cpu),
+        "gap": float(torch.cat(gaps).abs().max()),
+    }
 
 
 def sync_twice(path: str, **degrees) -> dict:

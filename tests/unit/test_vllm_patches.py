@@ -99,5 +99,10 @@ def test_what_the_model_does_not_have_is_refused(facts):
     assert "the stream ended without model.layers.0.self_attn.k_proj.weight" in partial
 
 
+def test_norms_have_a_kernel_that_vllm_does_not_use(facts):
+    assert facts["norms"]["is_native"]
+    assert facts["norms"]["gap"] < 1e-5
+
+
 def test_a_layer_that_was_not_reloaded_still_computes(facts):
     assert len(facts["partly"]) == 3 and all(value <= 0 for value in facts["partly"])
