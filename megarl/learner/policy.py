@@ -19,7 +19,8 @@ from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule
 from megarl.metrics import Max, Mean, Metric, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
-from megarl.models.log_probs import token_log_probs
+from megarl.models.layers.lm_head import output_weight
+from megarl.models.log_probs import linear_log_probs
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
@@ -121,6 +122,7 @@ class Policy:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies `[n]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
+        Computed where `response_mask` is 1, and 0 elsewhere and at the first token of a sequence.
         The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
         `temperature`: of the softmax, None: the one sampled with.
         """
@@ -154,7 +156,7 @@ class Policy:
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, out, loss), out, scale)
+            return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
 
         collected = self._forward_backward(micro_batches, wrapped, forward_only=False)
         lr = self.next_lr()
@@ -209,7 +211,7 @@ class Policy:
     ) -> list[Any]:
         """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, out)` runs on the last one.
 
-        `out` is what the head gives: `[1, n, V / tp]` logits, or `[1, n, 1]`.
+        `out` is what the head gives: `[1, n, H]` hidden states, or `[1, n, 1]`.
         """
         rows = [self._row(micro_batch) for micro_batch in micro_batches]
 
@@ -258,7 +260,8 @@ class Policy:
     def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
         """What a loss of this role gets of the head's output (padding cut off), differentiable.
 
-        Log-probs and entropy `[n]`; values `[n]`, each at the token its state comes before; or scores `[S]`.
+        Log-probs and entropy `[n]`, 0 where `response_mask` is 0 and at first tokens; values `[n]`, each at the token
+        its state comes before; or scores `[S]`.
         """
         real = micro_batch.batch.tokens.numel()
         if self.role in SCALAR_ROLES:
@@ -266,27 +269,33 @@ class Policy:
             if self.role == "reward":
                 return (numbers[micro_batch.batch.offsets()[1:].to(out.device) - 1],)
             return (torch.cat([numbers.new_zeros(1), numbers[:-1]])[:real],)
-        tokens = micro_batch.tokens.to(out.device)
-        log_probs, entropy = token_log_probs(
-            out[0], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
+        weight = output_weight(self.modules[-1])
+        wanted = (micro_batch.batch.response_mask > 0) & (micro_batch.position_ids[:real] > 0)
+        index = wanted.nonzero()[:, 0].to(out.device)
+        outputs = linear_log_probs(
+            out[0, index - 1].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            weight,
+            micro_batch.batch.tokens.to(out.device)[index],
+            self.spec.vocab_size,
+            self.mesh.tp_group,
+            temperature or self.temperature,
         )
-        return log_probs[:real], entropy[:real]
+        return tuple(x.new_zeros(real).index_copy(0, index, x) for x in outputs)
 
     def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
         batch = micro_batch.batch.to(out.device)
         shards = SequenceShards(batch.sequence_ids(), len(batch))
-        return loss(batch, *self._read(micro_batch, out), shards)
+        read = self._read(micro_batch, out)
+        share, metrics = loss(batch, *read, shards)
+        # a micro-batch without a trained token gives every parameter a gradient, and its backward every collective
+        return share + 0.0 * read[0].sum(), metrics
 
 
-def _megatron_loss(
-    loss: Tensor, metrics: dict[str, Metric], out: Tensor, scale: int
-) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+def _megatron_loss(loss: Tensor, metrics: dict[str, Metric], scale: int) -> tuple[Tensor, Tensor, dict[str, Metric]]:
     """The seam to Megatron's loss scaling: the only place that undoes it.
 
     `loss` is this micro-batch's share of the optimizer step's loss, with global denominators. Megatron divides by the
     token count it is given (1), by the number of micro-batches, and its gradient reduction by dp * cp; `scale` is the
-    product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
-    token.
+    product of the last two.
     """
-    loss = loss * scale + 0.0 * out.float().sum()
-    return loss, torch.ones((), dtype=torch.int, device=out.device), metrics
+    return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), metrics

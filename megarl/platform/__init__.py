@@ -84,6 +84,11 @@ def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> to
     return _module().grouped_mm(x, weights, ends)
 
 
+def block_bytes() -> int:
+    """How large a temporary is worth making at once, by an algorithm that can work in blocks."""
+    return _module().BLOCK_BYTES
+
+
 def empty_cache() -> None:
     """Return unused device memory to the driver; nothing to do on a CPU."""
     _module().empty_cache()
