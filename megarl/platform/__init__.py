@@ -97,6 +97,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _module().rms_norm(x, weight, eps)
 
 
+def block_bytes() -> int:
+    """How large a temporary is worth making at once, by an algorithm that can work in blocks."""
+    return _module().BLOCK_BYTES
+
+
 def empty_cache() -> None:
     """Return unused device memory to the driver; nothing to do on a CPU."""
     _module().empty_cache()

@@ -22,6 +22,7 @@ BACKEND = "gloo"
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT = 32 << 20  # bytes
+BLOCK_BYTES = 16 << 20  # stays in the cache between two operators, and with the process, see `_keep_memory`
 FACTORIES = [
     "tensor",
     "empty",
