@@ -101,7 +101,7 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
     logs = Path(config.run_dir) / part / "logs"
     if not launcher.is_rank():
         ranks = nproc or config.parallel.nproc or smallest_world(config)
-        check_world(config, ranks)
+        check_world(config, ranks, "rl" if part == "rl" else None)
         launcher.free_port()
         run = prepare_run_dir(config, part)
         command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
@@ -109,7 +109,7 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
         if code == 2:
             run.discard()
         raise typer.Exit(code)
-    check_world(config, int(os.environ["WORLD_SIZE"]))
+    check_world(config, int(os.environ["WORLD_SIZE"]), "rl" if part == "rl" else None)
     if not launcher.launched_locally() and os.environ["RANK"] == "0":
         prepare_run_dir(config, part)
     launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")

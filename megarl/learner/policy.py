@@ -20,7 +20,8 @@ from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
-from megarl.models.log_probs import token_log_probs
+from megarl.models.layers.lm_head import output_weight
+from megarl.models.log_probs import linear_log_probs
 from megarl.models.moe.replay import RoutingReplay, RowRouting
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
@@ -149,9 +150,9 @@ class Policy:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies `[N]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
-        0 at tokens that this rank does not score (see `MicroBatch.owned`). The same packing and code path as
-        `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of the softmax, None: the
-        one sampled with.
+        0 where `response_mask` is 0, and at tokens that this rank does not score (see `MicroBatch.owned`). The same
+        packing and code path as `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of
+        the softmax, None: the one sampled with.
         """
         outputs, _routing = self._outputs(micro_batches, temperature)
         log_probs, entropies = ([_at_owned(m, o[i]) for m, o in zip(micro_batches, outputs)] for i in (0, 1))
@@ -193,7 +194,7 @@ class Policy:
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, out, loss), out, scale)
+            return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
 
         collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
         lr = self.next_lr()
@@ -248,7 +249,7 @@ class Policy:
     ) -> tuple[list[Any], list[RowRouting]]:
         """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, out)` runs on the last one.
 
-        `out` is what the head gives: `[1, n, V / tp]` logits, or `[1, n, 1]`. Returns what it returned, and what the
+        `out` is what the head gives: `[1, n, H]` hidden states, or `[1, n, 1]`. Returns what it returned, and what the
         routers did.
         """
         rows = [self._row(micro_batch) for micro_batch in micro_batches]
@@ -308,7 +309,8 @@ class Policy:
     def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
         """What a loss of this role gets of the head's output, differentiable.
 
-        Log-probs and entropy `[m]`, or values `[m]`, of the tokens this rank scores; or all scores `[S]`.
+        Log-probs and entropy `[m]`, 0 where `response_mask` is 0, or values `[m]`, of the tokens this rank scores; or all
+        scores `[S]`.
         """
         targets = micro_batch.targets.to(out.device)
         if self.role == "reward":
@@ -316,10 +318,17 @@ class Policy:
         rows = (targets >= 0).nonzero()[:, 0]
         if self.role == "critic":
             return (out[0, :, 0][rows],)
-        tokens = micro_batch.batch.tokens.to(out.device)[targets[rows]]
-        return token_log_probs(
-            out[0][rows], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
+        tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
+        index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
+        found = linear_log_probs(
+            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            weight,
+            tokens[index],
+            self.spec.vocab_size,
+            self.mesh.tp_group,
+            temperature or self.temperature,
         )
+        return tuple(x.new_zeros(len(rows)).index_copy(0, index, x) for x in found)
 
     def _scores(self, last_rows: Tensor, numbers: Tensor) -> Tensor:
         """[S], the same on every context-parallel rank; each score has a gradient on the rank that computed it."""
@@ -333,10 +342,12 @@ class Policy:
         batch = micro_batch.batch if self.role == "reward" else micro_batch.local_batch()
         batch, reduce = batch.to(out.device), GroupSum(self.mesh.cp_group)
         shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
-        value, metrics = loss(batch, *self._read(micro_batch, out), shards)
+        read = self._read(micro_batch, out)
+        share, metrics = loss(batch, *read, shards)
         if self.mesh.cp > 1:
             metrics["sequences/bytes_reduced"] = Sum(reduce.bytes)
-        return value, metrics
+        # a micro-batch without a trained token gives every parameter a gradient, and its backward every collective
+        return share + 0.0 * read[0].sum(), metrics
 
 
 def batch_layout(spec: ModelSpec, parallel: Parallel, mesh: Mesh) -> BatchLayout:
@@ -358,15 +369,11 @@ def _at_owned(micro_batch: MicroBatch, values: Tensor) -> Tensor:
     return values.new_zeros(micro_batch.batch.tokens.numel()).index_copy_(0, micro_batch.owned, values)
 
 
-def _megatron_loss(
-    loss: Tensor, metrics: dict[str, Metric], out: Tensor, scale: int
-) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+def _megatron_loss(loss: Tensor, metrics: dict[str, Metric], scale: int) -> tuple[Tensor, Tensor, dict[str, Metric]]:
     """The seam to Megatron's loss scaling: the only place that undoes it.
 
     `loss` is this micro-batch's share of the optimizer step's loss, with global denominators. Megatron divides by the
     token count it is given (1), by the number of micro-batches, and its gradient reduction by dp * cp; `scale` is the
-    product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
-    token.
+    product of the last two.
     """
-    loss = loss * scale + 0.0 * out.sum(dtype=torch.promote_types(out.dtype, torch.float32))
-    return loss, torch.ones((), dtype=torch.int, device=out.device), metrics
+    return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), metrics

@@ -310,6 +310,7 @@ REFUSED = {  # settings -> what is said about them
     ("sft.batch_size=2", "parallel.nproc=4"): "sft.batch_size = 2: below the 4 data-parallel ranks",
     ("rollout.tensor_parallel=3",): "rollout.tensor_parallel = 3: does not divide the model's 8 attention heads",
     ("model.generate.num_kv_heads=4", "model.generate.num_heads=24", "rollout.tensor_parallel=6"): "4 key/value heads",
+    (*QWEN3, "model.generate.intermediate_size=258", "rollout.tensor_parallel=4"): "258 intermediate columns",
     ("model.generate.moe_intermediate_size=66", "rollout.tensor_parallel=4"): "66 expert columns",
     ("rollout.data_parallel=2",): "rollout.data_parallel = 2: replicas step together only to share experts",
     ("rollout.expert_parallel=true",): "rollout.expert_parallel = true: an engine of one rank",
