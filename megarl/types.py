@@ -156,6 +156,9 @@ class MicroBatch:
     cu_seqlens: Tensor  # [documents + 1] int32: padded documents of the row that all context-parallel ranks hold together
     targets: Tensor  # [n] int64: index into `batch` of the token that the row predicts; -1: none
     last_rows: Tensor  # [S] int64: the row of each sequence's last token; -1: another rank has it
+    # [l, n / tp, k] integer: the experts that the routers of this rank's l MoE layers are to choose for its rows, -1: as
+    # they like; None: nothing is replayed
+    experts: Tensor | None = None
 
     @property
     def owned(self) -> Tensor:

@@ -34,7 +34,11 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks)
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True  # one pass over the weights instead of one for each operator
+    return optimizer
 
 
 def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
@@ -116,8 +120,13 @@ def separate_steps(optimizer: Any) -> None:
 
 
 def _torch_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for p in group["params"]:
+                yield inner, p
+
+
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                for p in group["params"]:
-                    yield part.optimizer, p
+            yield part.optimizer

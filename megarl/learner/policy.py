@@ -20,8 +20,9 @@ from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
-from megarl.models.log_probs import token_log_probs
-from megarl.models.moe.replay import RoutingReplay
+from megarl.models.layers.lm_head import output_weight
+from megarl.models.log_probs import linear_log_probs
+from megarl.models.moe.replay import RoutingReplay, RowRouting
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 from megarl.parallel import GroupSum, Mesh
@@ -53,6 +54,7 @@ class StepResult:
     applied: bool  # False: a gradient was not finite, and nothing was changed
     grad_norm: float  # before clipping, over all ranks
     metrics: dict[str, Metric]
+    routing: list[RowRouting]  # what the routers did, one for each micro-batch; empty without `routing`
 
 
 class Policy:
@@ -71,7 +73,9 @@ class Policy:
         optimizer: Optimizer | None = None,
         total_steps: int = 1,
         temperature: float = 1.0,
+        routing: bool = False,
     ) -> None:
+        """`routing`: passes record what the routers choose, and replay `MicroBatch.experts`; of an MoE model."""
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
@@ -86,7 +90,7 @@ class Policy:
         if optimizer is not None:
             self._prepare_training(optimizer, cfg.parallel, total_steps)
         self.updates = 0  # optimizer steps taken: the policy version
-        self.routing: RoutingReplay | None = None  # set: routers take the experts of `MicroBatch.batch`
+        self.routing = RoutingReplay(self._modules, spec, mesh, role) if routing and spec.is_moe else None
         self._run = get_forward_backward_func()
 
     def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
@@ -146,27 +150,37 @@ class Policy:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies `[N]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
-        0 at tokens that this rank does not score (see `MicroBatch.owned`). The same packing and code path as
-        `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of the softmax, None: the
-        one sampled with.
+        0 where `response_mask` is 0, and at tokens that this rank does not score (see `MicroBatch.owned`). The same
+        packing and code path as `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of
+        the softmax, None: the one sampled with.
         """
-        outputs = self._outputs(micro_batches, temperature)
+        outputs, _routing = self._outputs(micro_batches, temperature)
         log_probs, entropies = ([_at_owned(m, o[i]) for m, o in zip(micro_batches, outputs)] for i in (0, 1))
         return log_probs, entropies
+
+    def read(
+        self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
+    ) -> tuple[list[Tensor], list[RowRouting]]:
+        """Log-probs (a critic's values) as `log_probs`, and what the routers did, one for each micro-batch.
+
+        The latter is empty without `routing`.
+        """
+        outputs, routing = self._outputs(micro_batches, temperature)
+        return [_at_owned(micro, out[0]) for micro, out in zip(micro_batches, outputs)], routing
 
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Of a critic: the value `[N]` of the state before each real token, float32 on the CPU; empty off the last stage.
 
         Entry t is the head's output at t - 1, the shift of `log_probs`; 0 at tokens that this rank does not score.
         """
-        return [_at_owned(m, values) for m, (values,) in zip(micro_batches, self._outputs(micro_batches))]
+        return self.read(micro_batches)[0]
 
     def scores(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Of a reward model: the head's output `[S]` at the last token of each sequence, float32 on the CPU.
 
         Empty off the last stage.
         """
-        return [scores for (scores,) in self._outputs(micro_batches)]
+        return [scores for (scores,) in self._outputs(micro_batches)[0]]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
@@ -180,9 +194,9 @@ class Policy:
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, out, loss), out, scale)
+            return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
 
-        collected = self._forward_backward(micro_batches, wrapped, forward_only=False)
+        collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
         lr = self.next_lr()
         applied, grad_norm = self._apply()
         metrics: dict[str, Metric] = {}
@@ -191,7 +205,7 @@ class Policy:
                 merge(metrics, item)
         own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
         metrics |= {f"{self.role}/{name}": metric for name, metric in own.items()}
-        return StepResult(applied, grad_norm, metrics)
+        return StepResult(applied, grad_norm, metrics, routing)
 
     def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
         """The loss's metrics over this rank's micro-batches, without a gradient."""
@@ -200,7 +214,7 @@ class Policy:
             return self._loss(micro_batch, out, loss)[1]
 
         with self._evaluating(), torch.no_grad():
-            collected = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
+            collected, _ = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
         metrics: dict[str, Metric] = {}
         if self._reports:
             for item in collected:
@@ -232,10 +246,11 @@ class Policy:
 
     def _forward_backward(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable, forward_only: bool, collect: bool = False
-    ) -> list[Any]:
+    ) -> tuple[list[Any], list[RowRouting]]:
         """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, out)` runs on the last one.
 
-        `out` is what the head gives: `[1, n, V / tp]` logits, or `[1, n, 1]`.
+        `out` is what the head gives: `[1, n, H]` hidden states, or `[1, n, 1]`. Returns what it returned, and what the
+        routers did.
         """
         rows = [self._row(micro_batch) for micro_batch in micro_batches]
 
@@ -248,7 +263,7 @@ class Policy:
             return out, lambda out: last_stage(micro_batch, out)
 
         iterators = [iter(list(zip(micro_batches, rows, strict=True))) for _ in self.chunks]
-        return self._run(
+        collected = self._run(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -258,6 +273,11 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=collect,
         )
+        if self.routing is None:
+            return collected, []
+        routing = [row.routing for row in rows]
+        self.routing.finish(routing, uses=1 if forward_only or self.config.recompute_granularity is None else 2)
+        return collected, routing
 
     def _row(self, micro_batch: MicroBatch) -> PackedRow:
         device = platform.device()
@@ -269,27 +289,28 @@ class Policy:
             self.mesh.cp_group,
             torch.promote_types(self.dtype, torch.float32),
         )
-        if self.routing is not None and micro_batch.batch.routed_experts is not None:
-            row.routed_experts = self.routing.rows(micro_batch, device)
+        if self.routing is not None:
+            row.routing = self.routing.begin(micro_batch, device)
         return row
 
     @torch.no_grad()
     def _outputs(
         self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
-    ) -> list[tuple[Tensor, ...]]:
-        """`_read` of each micro-batch, on the CPU; empty off the last stage."""
+    ) -> tuple[list[tuple[Tensor, ...]], list[RowRouting]]:
+        """`_read` of each micro-batch, on the CPU, empty off the last stage; and what the routers did."""
 
         def collected(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, ...]:
             return tuple(tensor.cpu() for tensor in self._read(micro_batch, out, temperature))
 
         with self._evaluating():
-            outputs = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
-        return outputs if self.mesh.is_last_stage else []
+            outputs, routing = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
+        return outputs if self.mesh.is_last_stage else [], routing
 
     def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
         """What a loss of this role gets of the head's output, differentiable.
 
-        Log-probs and entropy `[m]`, or values `[m]`, of the tokens this rank scores; or all scores `[S]`.
+        Log-probs and entropy `[m]`, 0 where `response_mask` is 0, or values `[m]`, of the tokens this rank scores; or all
+        scores `[S]`.
         """
         targets = micro_batch.targets.to(out.device)
         if self.role == "reward":
@@ -297,10 +318,17 @@ class Policy:
         rows = (targets >= 0).nonzero()[:, 0]
         if self.role == "critic":
             return (out[0, :, 0][rows],)
-        tokens = micro_batch.batch.tokens.to(out.device)[targets[rows]]
-        return token_log_probs(
-            out[0][rows], tokens, self.spec.vocab_size, self.mesh.tp_group, temperature or self.temperature
+        tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
+        index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
+        found = linear_log_probs(
+            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            weight,
+            tokens[index],
+            self.spec.vocab_size,
+            self.mesh.tp_group,
+            temperature or self.temperature,
         )
+        return tuple(x.new_zeros(len(rows)).index_copy(0, index, x) for x in found)
 
     def _scores(self, last_rows: Tensor, numbers: Tensor) -> Tensor:
         """[S], the same on every context-parallel rank; each score has a gradient on the rank that computed it."""
@@ -314,10 +342,12 @@ class Policy:
         batch = micro_batch.batch if self.role == "reward" else micro_batch.local_batch()
         batch, reduce = batch.to(out.device), GroupSum(self.mesh.cp_group)
         shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
-        value, metrics = loss(batch, *self._read(micro_batch, out), shards)
+        read = self._read(micro_batch, out)
+        share, metrics = loss(batch, *read, shards)
         if self.mesh.cp > 1:
             metrics["sequences/bytes_reduced"] = Sum(reduce.bytes)
-        return value, metrics
+        # a micro-batch without a trained token gives every parameter a gradient, and its backward every collective
+        return share + 0.0 * read[0].sum(), metrics
 
 
 def batch_layout(spec: ModelSpec, parallel: Parallel, mesh: Mesh) -> BatchLayout:
@@ -339,15 +369,11 @@ def _at_owned(micro_batch: MicroBatch, values: Tensor) -> Tensor:
     return values.new_zeros(micro_batch.batch.tokens.numel()).index_copy_(0, micro_batch.owned, values)
 
 
-def _megatron_loss(
-    loss: Tensor, metrics: dict[str, Metric], out: Tensor, scale: int
-) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+def _megatron_loss(loss: Tensor, metrics: dict[str, Metric], scale: int) -> tuple[Tensor, Tensor, dict[str, Metric]]:
     """The seam to Megatron's loss scaling: the only place that undoes it.
 
     `loss` is this micro-batch's share of the optimizer step's loss, with global denominators. Megatron divides by the
     token count it is given (1), by the number of micro-batches, and its gradient reduction by dp * cp; `scale` is the
-    product of the last two. The zero term keeps every collective in the backward of a micro-batch without a trained
-    token.
+    product of the last two.
     """
-    loss = loss * scale + 0.0 * out.sum(dtype=torch.promote_types(out.dtype, torch.float32))
-    return loss, torch.ones((), dtype=torch.int, device=out.device), metrics
+    return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), metrics

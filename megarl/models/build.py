@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     get_transformer_layer_offset,
 )
 
+from megarl.models.layers.lm_head import LMHead  # noqa: E402
 from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
 from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
 from megarl.models.moe.experts import GroupedExperts  # noqa: E402
@@ -136,7 +137,8 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
 def build_model(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -> list[GPTModel]:
     """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
 
-    With `spec.head == "scalar"` the last stage ends in a `ScalarHead` of zeros that shares nothing with the embedding.
+    The last stage ends in an `LMHead` and outputs hidden states `[1, n, H]`; with `spec.head == "scalar"`, in a
+    `ScalarHead` of zeros that shares nothing with the embedding, and outputs `[1, n, 1]`.
     Raises BadInput when the layer provider is not available.
     """
     if model.layers == "te":
@@ -163,7 +165,8 @@ def build_model(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -
             position_embedding_type="none",  # the attention applies rotary positions from the packed row
             vp_stage=vp_stage,
         )
-        if last and spec.head == "scalar":
-            chunk.output_layer = ScalarHead(config, mesh.tp_group)
+        if last:
+            scalar = spec.head == "scalar"
+            chunk.output_layer = ScalarHead(config, mesh.tp_group) if scalar else LMHead(chunk.output_layer)
         chunks.append(chunk.to(platform.device()))
     return chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -46,7 +47,7 @@ class PackedRow(PackedSeqParams):
     restore: Tensor | None = None  # [n] into the concatenated bucket outputs; None: they are in order
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim], float32 or wider
     cp_group: ProcessGroup | None = None  # None: this rank has all keys
-    routed_experts: Tensor | None = None  # [n, L, k] for routers under replay; -1: their own choice
+    routing: Any = None  # `RowRouting` of the pass, for models with a `RoutingReplay`
 
     @classmethod
     def build(

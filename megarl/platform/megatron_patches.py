@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import warnings
@@ -11,10 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megarl import platform
+
 
 def install() -> None:
     """Patch after `torch.cuda` is settled; imports megatron.core."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    import megatron.core.tensor_parallel.layers as layers
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -22,6 +26,9 @@ def install() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
+    layers.linear_with_grad_accumulation_and_async_allreduce = _by_platform(
+        layers.linear_with_grad_accumulation_and_async_allreduce
+    )
     token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
     from megatron.core.transformer.moe import router
 
@@ -52,6 +59,19 @@ def _move_to_cpu(plain: Any) -> Any:
         return plain(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     return move
+
+
+def _by_platform(plain: Any) -> Any:
+    """Without communication a parallel linear is a plain one, for which the platform has the fastest product."""
+
+    @functools.wraps(plain)  # with the flag that it keeps on itself
+    def linear(input: Any, weight: Any, bias: Any, **how: Any) -> Any:
+        alone = not (how["gradient_accumulation_fusion"] or how["allreduce_dgrad"] or how["sequence_parallel"])
+        if alone and bias is None and how.get("grad_output_buffer") is None:
+            return platform.linear(input, weight)
+        return plain(input, weight, bias, **how)
+
+    return linear
 
 
 def _unless_sorted(plain: Any) -> Any:

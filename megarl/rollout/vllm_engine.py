@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ class VLLMEngine:
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
             self._llm = self._start(model_path, dtype, load)
         vllm_patches.after_start(self._runner)
+        self._direct = vllm_patches.direct_layers(self.model, degree)
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)
@@ -236,8 +237,7 @@ class VLLMEngine:
         live until their layer is complete. Raises RunFailed when vLLM refuses a tensor.
         """
         try:
-            with vllm_patches.reloading(self.model):
-                self._runner.reload_weights(weights_iterator=_copies(tensors))
+            vllm_patches.load_weights(self._runner, self._direct, tensors)
         except (ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise RunFailed(f"weight sync: vLLM refused the learner's weights: {_one_line(error)}") from error
         self.reset_prefix_cache()
@@ -305,11 +305,6 @@ def _tokenizer(model_path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
-
-
-def _copies(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.detach().clone()
 
 
 def _one_line(error: Exception) -> str:

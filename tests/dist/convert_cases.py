@@ -43,13 +43,14 @@ def tokens(vocab_size: int) -> Tensor:
 @torch.no_grad()
 def logits(chunks, spec, mesh) -> Tensor:
     """[TOKENS, V] of the fixed token row, on a layout without pipeline stages."""
+    from megarl.models.layers.lm_head import output_weight
     from megarl.models.packing_params import PackedRow
 
     positions = torch.arange(TOKENS)
     row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.head_dim, spec.rope_theta)
     chunks[0].eval()
-    local = chunks[0](tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
-    local = local.reshape(TOKENS, -1).contiguous()
+    hidden = chunks[0](tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
+    local = hidden[0] @ output_weight(chunks[0]).t()
     parts = [torch.empty_like(local) for _ in range(mesh.tp)]
     dist.all_gather(parts, local, group=mesh.tp_group)
     return torch.cat(parts, dim=-1)[:, : spec.vocab_size]

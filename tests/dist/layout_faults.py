@@ -1,6 +1,6 @@
 """A rank of `verify layouts` with a deliberate error: `python -m tests.dist.layout_faults verify layout-rank FOLDER NAME`.
 
-MEGARL_TEST_FAULTS names the error of each layout, as JSON; the single process has none.
+MEGARL_TEST_FAULTS names the error of each layout, as JSON.
 """
 
 from __future__ import annotations
@@ -83,20 +83,33 @@ def norms_not_reduced() -> None:
 
 
 def batched_messages() -> None:
-    """Megarl turns off what pairs the wrong messages with two stages and virtual ones (traps: no error, wrong numbers)."""
+    """What megarl turns off: with two stages and virtual ones it pairs the wrong messages, without an error."""
     from megarl.learner import policy
+    from megarl.models import build
 
-    plain = policy.transformer_config
+    plain = build.transformer_config
 
     def batched(*args: Any, **kwargs: Any) -> Any:
         config = plain(*args, **kwargs)
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
-    policy.transformer_config = batched
-    from megarl.models import build
+    policy.transformer_config = build.transformer_config = batched
 
-    build.transformer_config = batched
+
+def other_experts() -> None:
+    """Routers are given other experts than those of the single process."""
+    from megarl.models.moe.replay import RoutingReplay
+
+    plain = RoutingReplay.local
+    RoutingReplay.local = lambda self, *args: torch.where((rows := plain(self, *args)) < 0, rows, (rows + 1) % 8)
+
+
+def quiet_gates() -> None:
+    """The log-probs before the update are those of the update."""
+    from megarl.verify.layouts import step
+
+    step.TOKEN_NOISE, step.SHIFTS = 0.0, (0.0,) * len(step.SHIFTS)
 
 
 def main() -> None:

@@ -61,6 +61,68 @@ def train(
     return out
 
 
+def masked(path: str, parallel: dict[str, Any], budget: int) -> dict[str, bool]:
+    """A mask changes no log-prob that it lets through, and a rank whose micro-batches are masked trains like any."""
+    cfg = Config(model=Model(path=path), parallel=Parallel(**parallel))
+    mesh = Mesh.build(cfg.parallel)
+    policy = Policy.from_hf(path, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
+    batch = fixed_batch()
+    ids = batch.sequence_ids()
+    some = batch.response_mask * (torch.arange(len(ids)) % 3 > 0) * (ids % 2)
+    everything, wanted = (
+        micro_batches(batch.replace(response_mask=mask), budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+        for mask in (torch.ones(len(ids)), some)
+    )
+    found = {}
+    for place, name in enumerate(("log-probs", "entropy")):
+        full, part = (policy.log_probs(packed)[place] for packed in (everything, wanted))
+        kept = [micro.batch.response_mask > 0 for micro in wanted]
+        found[f"{name} where wanted"] = all(
+            torch.allclose(a[m], b[m], atol=2e-6, rtol=0) for a, b, m in zip(full, part, kept)
+        )
+        found[f"no {name} elsewhere"] = not any(b[~m].any() for b, m in zip(part, kept))
+        starts = [micro.position_ids[: len(a)] == 0 for micro, a in zip(everything, full)]
+        found[f"no {name} at a start"] = not any(a[s].any() for a, s in zip(full, starts))
+        found[f"{name} everywhere else"] = all((a[~s] != 0).all() for a, s in zip(full, starts))
+    nothing = batch.replace(response_mask=torch.zeros(len(ids)))
+    packed = micro_batches(nothing, budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+    for name, loss in (("a loss", negative_log_likelihood), ("a constant", lambda *_: (torch.zeros(()), {}))):
+        result = policy.train_step(packed, loss)
+        found[f"{name} without a trained token"] = result.applied and result.grad_norm == 0.0
+    return found
+
+
+def sharded_log_probs(vocab: int, columns: int) -> dict[str, float]:
+    """How far log-probs, entropy and gradients over two halves of 32 float64 columns are from torch's of all."""
+    import torch.distributed as dist
+
+    from megarl import platform
+    from megarl.models.log_probs import linear_log_probs
+
+    dist.init_process_group("gloo")
+    rows, width, temperature = 9, 16, 0.7
+    platform.block_bytes = lambda: 8 * rows * columns
+    torch.manual_seed(0)  # the same on both ranks
+    hidden, weight = torch.randn(rows, 7, dtype=torch.float64), torch.randn(2 * width, 7, dtype=torch.float64)
+    targets, upstream = torch.randint(vocab, (rows,)), torch.randn(rows, dtype=torch.float64)
+    own = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
+    part = weight[own].clone().requires_grad_()
+    hidden.requires_grad_()
+    log_probs, entropy = linear_log_probs(hidden, part, targets, vocab, dist.group.WORLD, temperature)
+    grad_hidden, grad_weight = torch.autograd.grad(log_probs, (hidden, part), upstream)
+    dist.all_reduce(grad_hidden)
+    every = ((hidden @ weight.requires_grad_().t())[:, :vocab] / temperature).log_softmax(-1)
+    expected = every.gather(1, targets[:, None])[:, 0]
+    true_hidden, true_weight = torch.autograd.grad(expected, (hidden, weight), upstream, retain_graph=True)
+    pairs = {
+        "log-probs": (log_probs, expected),
+        "entropy": (entropy, -(every.exp() * every).sum(-1)),
+        "gradient of hidden": (grad_hidden, true_hidden),
+        "gradient of weight": (grad_weight, true_weight[own]),
+    }
+    return {name: float((a - b).abs().max().detach()) for name, (a, b) in pairs.items()}
+
+
 def replayed_routing(path: str, parallel: dict[str, Any]) -> dict[str, bool]:
     """Specification, unit test U9: a pass that replays the experts recorded by the old pass gives its log-probs."""
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction

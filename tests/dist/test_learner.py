@@ -34,12 +34,56 @@ def single(checkpoint):
     return run_ranks(CASE, 1, checkpoint, {}, 400)[0]
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A checkpoint whose output layer is the embedding, and what one process makes of it."""
+    folder = tmp_path_factory.mktemp("tied")
+    make(folder, tie_word_embeddings=True)
+    return str(folder), run_ranks(CASE, 1, str(folder), {}, 400)[0]
+
+
 @pytest.mark.parametrize("nproc, parallel, budget", LAYOUTS)
 def test_layout_changes_nothing(checkpoint, single, nproc, parallel, budget):
     ranks = run_ranks(CASE, nproc, checkpoint, parallel, budget)
     for rank in ranks:
         for mine, expected in zip(rank, single, strict=True):
             assert mine == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("nproc, parallel, budget", [(2, dict(tp=2), 400), (2, dict(pp=2), 60)])
+def test_layout_changes_nothing_for_tied_embeddings(tied, nproc, parallel, budget):
+    """Under pp the last stage multiplies by a copy of its own, under tp and alone by the embedding itself."""
+    folder, single = tied
+    for rank in run_ranks(CASE, nproc, folder, parallel, budget):
+        for mine, expected in zip(rank, single, strict=True):
+            assert mine == pytest.approx(expected, rel=2e-5)
+
+
+def test_tied_losses_are_those_of_transformers(tied):
+    test_losses_are_those_of_transformers(*tied)
+
+
+@pytest.mark.parametrize("nproc, parallel", [(1, {}), (2, dict(tp=2))])
+def test_bfloat16_is_near(checkpoint, single, nproc, parallel):
+    for rank in run_ranks(CASE, nproc, checkpoint, parallel, 400, dtype="bfloat16"):
+        for mine, expected in zip(rank, single, strict=True):
+            assert mine == pytest.approx(expected, rel=0.05)
+
+
+LOG_PROBS = [(1, {}, 400), (2, dict(tp=2), 400), (2, dict(pp=2), 60), (2, dict(ep=2), 90)]
+
+
+@pytest.mark.parametrize("nproc, parallel, budget", LOG_PROBS)
+def test_only_trained_tokens_have_log_probs(checkpoint, nproc, parallel, budget):
+    ranks = run_ranks("tests.dist.learner_cases:masked", nproc, checkpoint, parallel, budget)
+    assert [name for rank in ranks for name, holds in rank.items() if not holds] == []
+
+
+@pytest.mark.parametrize("vocab", [29, 13])  # padding to 32 in the last rank's half; or all of it padding
+@pytest.mark.parametrize("columns", [1, 5, 16])
+def test_log_probs_over_two_vocabulary_shards(vocab, columns):
+    for gaps in run_ranks("tests.dist.learner_cases:sharded_log_probs", 2, vocab, columns):
+        assert max(gaps.values()) < 1e-12, gaps
 
 
 def test_losses_are_those_of_transformers(checkpoint, single):

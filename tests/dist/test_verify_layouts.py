@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from megarl.config import load_config
-from megarl.errors import BadInput
-from megarl.verify.layouts.oracle import Row, compare_layouts
+from megarl.config import Config, load_config
+from megarl.errors import BadInput, RunFailed
+from megarl.verify.layouts import oracle
+from megarl.verify.layouts.names import parse
+from megarl.verify.layouts.oracle import Comparison, Row, compare_layouts
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cpu" / "quickstart.yaml"
 LOSSES = ["grpo", "dapo", "gspo", "sapo", "ppo", "critic", "sft"]
@@ -20,6 +23,8 @@ FAULTS = {
     "dp2+budget80": "mean_of_micro_batches",
     "tp2": "experts_not_reduced",
     "tp2+permuted": "norms_not_reduced",
+    "pp2vpp2": "batched_messages",
+    "one+permuted": "other_experts",
 }
 
 
@@ -38,15 +43,20 @@ def test_layouts_agree_with_one_process(cfg):
     assert found.failed == [] and "all within 1e-10" in found.summary()
 
 
+def compare_with_faults(cfg: Config, faults: dict[str, str], names: list[str]) -> tuple[Comparison, list[str]]:
+    """The comparison and its lines when the ranks of some layouts have a fault."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGARL_TEST_FAULTS", json.dumps(faults))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(CONFIG.parents[2]), os.environ.get("PYTHONPATH", "")]))
+        command = (sys.executable, "-m", "tests.dist.layout_faults")
+        return compare_layouts(cfg, names, "float64", say=lines.append, command=command), lines
+
+
 @pytest.fixture(scope="module")
 def faulty(cfg):
     """Rows by layout and loss, each layout with its fault."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEGARL_TEST_FAULTS", json.dumps(FAULTS))
-        patch.syspath_prepend(str(CONFIG.parents[2]))
-        lines: list[str] = []
-        command = (sys.executable, "-m", "tests.dist.layout_faults")
-        found = compare_layouts(cfg, list(FAULTS), "float64", say=lines.append, command=command)
+    found, lines = compare_with_faults(cfg, FAULTS, list(FAULTS))
     assert found.broken == {} and found.failed == list(FAULTS)
     assert sum("FAIL" in line for line in lines) == sum(bool(row.misses) for row in found.rows)
     return {(row.layout.name, row.loss_name): row for row in found.rows}
@@ -82,6 +92,30 @@ def test_unreduced_experts_are_named(faulty):
 def test_unreduced_norms_are_named(faulty):
     assert failing(faulty, "tp2+permuted") == LOSSES
     assert all("norm" in faulty["tp2+permuted", loss].tensors["gradient"][1] for loss in LOSSES)
+
+
+def test_mispaired_messages_of_virtual_stages_show(faulty):
+    assert failing(faulty, "pp2vpp2") == LOSSES
+
+
+def test_routers_do_take_the_experts_of_the_single_process(faulty):
+    assert failing(faulty, "one+permuted") == LOSSES
+
+
+def test_a_step_whose_gates_stay_shut_is_refused(cfg):
+    with pytest.raises(RunFailed, match="this step proves too little: grpo: 0% of the gates act.*ratios of the sequences"):
+        compare_with_faults(cfg, {"one": "quiet_gates"}, ["tp2"])
+
+
+def test_the_command_fails_when_a_layout_does(cfg, monkeypatch, capsys):
+    row = Row(parse("tp2"), "grpo", 1e-10, 0.0, 0.0, {what: (1e-3, "a.weight") for what in ("gradient", "sgd", "adam")}, "")
+    found = Comparison([row], {"pp2": "ended with code 1"})
+    monkeypatch.setattr(oracle, "compare_layouts", lambda *args, **kwargs: found)
+    with pytest.raises(RunFailed, match="not as one process: tp2, pp2$"):
+        oracle.verify_layouts(cfg, ["tp2", "pp2"], "float64", 2)
+    assert "1 above 1e-10; worst gradient 1.0e-03: a.weight (tp2, grpo)" in capsys.readouterr().out
+    found.rows, found.broken = [], {}
+    oracle.verify_layouts(cfg, [], "float64", 2)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_a_stream_that_skips_a_layer_is_refused(ranks):
 def test_other_layouts(path, settings):
     for rank in run_ranks(SYNC, 2, path, timeout=300, **settings):
         assert rank["synced"][0] <= (5e-2 if settings.get("dtype") == "bfloat16" else 1e-5)
+        assert 0 < rank["peak_copies"] <= 2 * rank["largest_layer"]
         assert "experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)" in rank["swapped"]
         if "dtype" not in settings:
             assert rank["mended"] == rank["synced"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch
 from megarl.config import Config, Model
 from megarl.config.schema import Generate
 from megarl.errors import BadInput
-from megarl.models.moe.replay import LayerReplay
 from megarl.types import Batch, SequenceShards
 from megarl.verify.layouts import step
 from megarl.verify.layouts.model import LAYERS, shrunken
@@ -92,47 +90,6 @@ def test_a_step_whose_gates_stay_shut_is_refused(batch):
     assert "0% of the gates act" in step.problems(grpo, good | {grpo.acting: 0.0})[0]
     assert "100% of the gates act" in step.problems(gspo, good | {gspo.acting: 1.0})[0]
     assert "ratios of the sequences differ by 0.0" in step.problems(grpo, good | {"policy/log_ratio_seq_std": 0.0})[0]
-
-
-SCORES = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]], requires_grad=True)
-
-
-def asked(replay: LayerReplay, experts: torch.Tensor | None, enter: bool = True) -> list[list[int]]:
-    if enter:
-        replay.enter(None, (), {"packed_seq_params": SimpleNamespace(routed_experts=experts)})
-    top = lambda scores, k, num_groups, group_topk: torch.topk(scores, k, dim=1)  # noqa: E731
-    values, chosen = replay.get_replay_topk(SCORES, 2, default_compute_topk=top)
-    assert torch.equal(values, SCORES.gather(1, chosen)) and values.requires_grad == torch.is_grad_enabled()
-    return chosen.tolist()
-
-
-def test_routers_take_the_given_experts_and_keep_their_gradient():
-    replay = LayerReplay(column=1, tp_rank=0, recomputed=False)
-    assert asked(replay, None) == [[1, 2], [0, 2]]
-    experts = torch.tensor([[[9, 9], [2, 0]], [[9, 9], [-1, -1]]])  # the second row is padding
-    assert asked(replay, experts) == [[2, 0], [0, 2]]
-
-
-def test_a_sequence_parallel_rank_takes_its_part():
-    experts = torch.tensor([[[9, 9]], [[9, 9]], [[0, 1]], [[1, 2]]])
-    assert asked(LayerReplay(column=0, tp_rank=1, recomputed=False), experts) == [[0, 1], [1, 2]]
-
-
-def test_a_layer_computed_again_takes_the_experts_of_its_own_micro_batch():
-    replay = LayerReplay(column=0, tp_rank=0, recomputed=True)
-    first, second = torch.tensor([[[0, 1]], [[1, 2]]]), torch.tensor([[[2, 1]], [[2, 0]]])
-    asked(replay, first), asked(replay, second)
-    with torch.no_grad():
-        asked(replay, None)  # a pass without a backward leaves nothing behind
-    assert asked(replay, None, enter=False) == first[:, 0].tolist()
-    assert asked(replay, None, enter=False) == second[:, 0].tolist()
-
-
-def test_recorded_choices_are_the_live_ones():
-    replay = LayerReplay(column=0, tp_rank=0, recomputed=False)
-    replay.record = []
-    asked(replay, torch.tensor([[[0, 1]], [[1, 2]]]))
-    assert replay.record[0].tolist() == [[1, 2], [0, 2]]
 
 
 def test_mixed_models_stay_mixed(tmp_path):

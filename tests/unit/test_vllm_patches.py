@@ -93,5 +93,22 @@ def test_a_reload_without_the_patch_leaves_the_experts_wrong(facts):
     assert facts["patched"] == []
 
 
+def test_weights_go_straight_into_the_layers(facts):
+    assert facts["places"]  # every tensor of the checkpoint has one, and nothing else
+    assert facts["direct"] == []
+
+
+def test_what_the_model_does_not_have_is_refused(facts):
+    unknown, misshapen, partial = facts["refusals"]
+    assert "the engine's model has no model.layers.0.bias" in unknown
+    assert "model.layers.0.self_attn.q_proj.weight is (" in misshapen
+    assert "the stream ended without model.layers.0.self_attn.k_proj.weight" in partial
+
+
+def test_norms_have_a_kernel_that_vllm_does_not_use(facts):
+    assert facts["norms"]["is_native"]
+    assert facts["norms"]["gap"] < 1e-5
+
+
 def test_a_layer_that_was_not_reloaded_still_computes(facts):
     assert len(facts["partly"]) == 3 and all(value <= 0 for value in facts["partly"])

@@ -21,6 +21,7 @@ from megarl.verify.layouts.names import DEFAULT, REFERENCE, Layout, parse
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 COMMAND = (sys.executable, "-m", "megarl")
+STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C, SIGTERM
 HEADER = (
     f"{'layout':<22} {'ranks':>5}  {'loss of':<7} {'loss':>8} {'norm':>8} {'sgd':>8} {'adam':>8} {'gradient':>8}"
     "  largest in"
@@ -120,6 +121,8 @@ def compare_layouts(
         for layout, reason in skipped:
             say(f"{layout.name:<22} skipped: {reason}")
         reference = _reference(folder, command)
+        shares = [f"{result['loss_name']} {result['acting']:.0%}" for result in reference if result["acting"] is not None]
+        say(f"gates that act in it: {', '.join(shares)}")
         say(HEADER)
         for layout in runs:
             found = _launch(layout, folder, command)
@@ -131,7 +134,7 @@ def compare_layouts(
                 out.rows.append(row)
                 say(row.line())
     finally:
-        if not out.broken and sys.exc_info()[0] in (None, BadInput):
+        if not out.broken and sys.exc_info()[0] is not RunFailed:  # the logs say why
             shutil.rmtree(folder)
     return out
 
@@ -165,6 +168,7 @@ def _reference(folder: Path, command: Sequence[str]) -> list[dict[str, Any]]:
         raise RunFailed(f"verify layouts: one process alone {found}")
     problems = [problem for result in found for problem in result["problems"]]
     if problems:
+        shutil.rmtree(folder)
         raise RunFailed(f"verify layouts: this step proves too little: {'; '.join(problems)}")
     return found
 
@@ -173,8 +177,8 @@ def _launch(layout: Layout, folder: Path, command: Sequence[str]) -> list[dict[s
     """The results of a layout, or how its ranks failed."""
     logs = folder / "logs" / layout.name
     code = launcher.launch([*command, "verify", "layout-rank", str(folder), layout.name], layout.world, logs, 2)
-    if code > 2:
-        raise KeyboardInterrupt
+    if code in STOPPED:
+        raise SystemExit(code)
     if code:
         return f"ended with code {code}; logs in {logs}"
     return read_json(folder / f"{layout.name}.json", f"look into {logs}")["losses"]

@@ -15,12 +15,11 @@ from torch import Tensor
 from megarl.config.schema import Config, Optimizer
 from megarl.convert import stream_gradients, stream_hf
 from megarl.convert.hf_io import read_json, write_json
-from megarl.data.packing import BatchLayout, micro_batches, pack
+from megarl.data.packing import micro_batches, pack
 from megarl.errors import RunFailed
 from megarl.learner.policy import Policy
 from megarl.metrics import reduce_metrics
 from megarl.models.build import DTYPES
-from megarl.models.moe.replay import RoutingReplay
 from megarl.parallel import Mesh
 from megarl.types import Batch, MicroBatch
 from megarl.verify.layouts import step
@@ -74,7 +73,7 @@ class _Run:
         result: dict[str, Any] = {"loss_name": loss.name}
         for kind, optimizer in OPTIMIZERS.items():
             policy = self._policy(loss, optimizer, sharded=kind == "adam")
-            done = policy.train_step(self._packed(loss, policy.layout), loss)
+            done = policy.train_step(self._packed(loss, policy), loss)
             if not done.applied:
                 raise RunFailed(f"{self.layout.name}, {loss.name}: the gradient norm is {done.grad_norm}")
             metrics = reduce_metrics(done.metrics, self.mesh.all_gather_object)
@@ -94,13 +93,19 @@ class _Run:
         cfg = self.cfg.model_copy(update={"parallel": parallel})
         return _pinned(self.folder / loss.role, cfg, self.mesh, role=loss.role, optimizer=optimizer)
 
-    def _packed(self, loss: Loss, layout: BatchLayout) -> list[MicroBatch]:
+    def _packed(self, loss: Loss, policy: Policy) -> list[MicroBatch]:
         batch = loss.batch.replace(routed_experts=self.recorded(loss.role).routed_experts)
+        layout = policy.layout
         if self.layout.permuted:
             batch = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(PERMUTATION)))
         if self.layout.unpacked:
-            return [pack(batch, [sequence], layout) for sequence in range(len(batch))]
-        return micro_batches(batch, self.layout.budget, layout)
+            packed = [pack(batch, [sequence], layout) for sequence in range(len(batch))]
+        else:
+            packed = micro_batches(batch, self.layout.budget, layout)
+        if policy.routing is not None:
+            for micro in packed:
+                micro.experts = policy.routing.local(micro)
+        return packed
 
     def _worst(self, what: str, tensors: Iterator[tuple[str, Tensor]], floor: float) -> list[Any]:
         """[difference, name] of the tensor furthest from the single process's, over all ranks' copies.
@@ -127,10 +132,7 @@ class _Run:
 
 def _pinned(path: Path, cfg: Config, mesh: Mesh, **settings: Any) -> Policy:
     """A model whose routers can be given their experts: in float32 two layouts may round a near-tie differently."""
-    policy = Policy.from_hf(path, cfg, mesh, **settings)
-    if policy.spec.is_moe:
-        policy.routing = RoutingReplay(policy.modules, policy.spec, mesh.tp_rank)
-    return policy
+    return Policy.from_hf(path, cfg, mesh, routing=True, **settings)
 
 
 def _record(folder: Path, cfg: Config, mesh: Mesh) -> None:
@@ -141,18 +143,11 @@ def _record(folder: Path, cfg: Config, mesh: Mesh) -> None:
         policy = _pinned(folder / role, cfg, mesh, role=role)
         batch = step.make_batch(policy.spec.vocab_size, DTYPES[cfg.model.dtype])
         micro = pack(batch, range(len(batch)), policy.layout)
-        if policy.routing is None:
-            said.append(_read(policy, micro))
-            continue
-        with policy.routing.recording() as chosen:
-            said.append(_read(policy, micro))
-        fields[f"experts/{role}"] = torch.stack([layer[0] for layer in chosen], dim=1)[: len(batch.tokens)].cpu()
+        numbers, routing = policy.read([micro])
+        said.append(numbers[0])
+        if routing:
+            fields[f"experts/{role}"] = routing[0].stacked().transpose(0, 1)[: len(batch.tokens)].cpu().contiguous()
     whole = step.record(batch, *said)
     fields |= {name: getattr(whole, name).clone() for name in step.RECORDED}
     fields["vocab"] = torch.tensor(policy.spec.vocab_size)
     save_file(fields, folder / "recorded.safetensors")
-
-
-def _read(policy: Policy, micro: MicroBatch) -> Tensor:
-    """[N]: log-probs of a policy, values of a critic; 0 for the first token of a sequence, which nothing scores."""
-    return policy.log_probs([micro])[0][0] if policy.role == "policy" else policy.values([micro])[0]

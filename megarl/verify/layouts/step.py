@@ -33,7 +33,7 @@ UNTRAINED = 7  # this sequence has no trained token
 HOLE = (4, 20, 31)  # of this sequence these tokens, as of a tool's answer
 SEED = 11
 TOKEN_NOISE, GRID = 0.4, 0.02  # of log-ratios, in nats
-VALUE_GRID = 0.06
+VALUE_NOISE, VALUE_GRID = 0.4, 0.06
 ACTING = (0.2, 0.6)  # shares of the gates of a loss that must act
 SEQUENCE_SPREAD = 0.02  # standard deviation of the sequences' mean log-ratios, at least
 SOFT_TAU = 6.0  # of SAPO: its gate is then half closed at ratios of 0.7 and 1.3
@@ -98,7 +98,7 @@ def log_ratios(batch: Batch) -> Tensor:
 
 def value_moves(batch: Batch) -> Tensor:
     """[N] float64: values - old values of every token."""
-    return _on_grid(0.25 * _normal("values", len(batch.tokens)), VALUE_GRID)
+    return _on_grid(VALUE_NOISE * _normal("values", len(batch.tokens)), VALUE_GRID)
 
 
 def losses(batch: Batch) -> list[Loss]:
