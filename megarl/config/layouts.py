@@ -187,7 +187,7 @@ def _divides(
 
 
 def _stages(p: Parallel, layers: int, whose: str) -> Iterator[Misfit]:
-    """The layers can be shared out over the stages, and none is left without one."""
+    """The layers can be shared out over the stages; a stage without one would train, but Megatron cannot save it."""
     vpp = p.vpp or 1
     if p.first_stage_layers is None and p.last_stage_layers is None:
         extra = [name for name in STAGES[2:] if getattr(p, name)]

@@ -227,7 +227,7 @@ class VLLMEngine:
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
         )
         requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
+        outputs = self._llm.generate(requests, params, use_tqdm=False) if self._any_replica(bool(requests)) else []
         return [np.asarray([0.0, *output.prompt_logprobs.logprobs], np.float32) for output in outputs]
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

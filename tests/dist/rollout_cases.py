@@ -44,6 +44,7 @@ def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict
         "gap": [gap.mean, gap.max],
         "differing": [str(item) for item in families if item.differs],
         "families": len(families),
+        "scored": len(engine.score(probes[:2] if engine.layout.index == 0 else [])),
         "rounds": [],
     }
     for count in counts:

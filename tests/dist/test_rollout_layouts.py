@@ -44,6 +44,10 @@ def test_log_probs_are_the_learners(ranks):
             assert sampled["gap"] <= 1e-5
 
 
+def test_a_replica_may_have_nothing_to_score(ranks):
+    assert [rank["scored"] for rank in ranks] == [2 if rank["replica"] == 0 else 0 for rank in ranks]
+
+
 def test_every_weight_is_the_learners(ranks):
     for rank in ranks:
         assert rank["differing"] == []
