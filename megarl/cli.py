@@ -101,7 +101,7 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
     logs = Path(config.run_dir) / part / "logs"
     if not launcher.is_rank():
         ranks = nproc or config.parallel.nproc or smallest_world(config)
-        check_world(config, ranks)
+        check_world(config, ranks, "rl" if part == "rl" else None)
         launcher.free_port()
         run = prepare_run_dir(config, part)
         command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
@@ -109,7 +109,7 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
         if code == 2:
             run.discard()
         raise typer.Exit(code)
-    check_world(config, int(os.environ["WORLD_SIZE"]))
+    check_world(config, int(os.environ["WORLD_SIZE"]), "rl" if part == "rl" else None)
     if not launcher.launched_locally() and os.environ["RANK"] == "0":
         prepare_run_dir(config, part)
     launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")
@@ -240,6 +240,42 @@ def sync(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -
         verify_sync(cfg)
 
     _run_ranks(cfg, "verify", nproc, work)
+
+
+@verify_app.command()
+def layouts(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layouts: Annotated[
+        str, typer.Option(metavar="tp2,pp2,...", help="Layouts to compare (default: all that fit).", show_default=False)
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5).")] = "float64",
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes at most.")] = 8,
+) -> None:
+    """One optimizer step of every loss on a small model of the config's kind: each layout against one process.
+
+    Example: [bold]megarl verify layouts configs/cpu/quickstart.yaml --layouts tp2,pp2vpp2,tp2ep2+recompute[/bold]
+    """
+    from megarl.config import load_config
+
+    if launcher.is_rank():
+        raise BadInput("verify layouts starts its own ranks: run it without torchrun")
+    cfg = load_config(config, overrides or (), require="model")
+    from megarl.verify.layouts.oracle import verify_layouts
+
+    verify_layouts(cfg, [name for name in layouts.split(",") if name], dtype, nproc)
+
+
+@verify_app.command(name="layout-rank", hidden=True)
+def layout_rank(folder: Path, name: str) -> None:
+    """A rank of `verify layouts`."""
+
+    def work() -> None:
+        from megarl.verify.layouts.rank import run_layout
+
+        run_layout(folder, name)
+
+    _work(work)
 
 
 @verify_app.command(name="algorithms")

@@ -124,6 +124,11 @@ class Mesh:
         """Whether this rank holds the end of the pipeline, where losses and log-probs are computed."""
         return self.pp_rank == self.pp - 1
 
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's numbers about its own tokens count: the other ranks would repeat them."""
+        return self.is_last_stage and self.tp_rank == 0
+
     def describe(self) -> str:
         return (
             f"world {self.world_size} = dp {self.dp} x cp {self.cp} x tp {self.tp} x pp {self.pp}"
@@ -150,3 +155,16 @@ class Mesh:
         box = torch.tensor([int(flag)])
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.object_group)
         return bool(box.item())
+
+
+class GroupSum:
+    """Sums a tensor over the ranks of a group, in place, and counts the bytes that this rank contributed."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group, self.bytes = group, 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.group.size() > 1:
+            dist.all_reduce(x, group=self.group)
+            self.bytes += x.numel() * x.element_size()
+        return x

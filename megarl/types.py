@@ -125,31 +125,57 @@ class Batch:
             out[item.name] = None if value is None else value[rows if item.name in self.PER_SEQUENCE else index]
         return Batch(**out)
 
+    def take(self, index: Tensor) -> Batch:
+        """The tokens at `index` (ascending), with every sequence kept and `lengths` counting what is left of it."""
+        out = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in out.items():
+            if value is not None and name not in self.PER_SEQUENCE:
+                out[name] = value[index]
+        out["lengths"] = torch.bincount(self.sequence_ids()[index], minlength=len(self))
+        return Batch(**out)
+
     def replace(self, **changes: Any) -> Batch:
         return replace(self, **changes)
 
 
 @dataclass
 class MicroBatch:
-    """One packed forward on one rank: a `Batch` padded to the multiple its layout needs.
+    """One packed forward on one rank: a `Batch` whose sequences are padded to what its layout needs.
 
-    Padding tokens form one more, untrained document at the end, so that no attention, statistic or loss sees them:
-    `sequence_ids` gives them the id S, one past the real sequences.
+    `batch` holds whole sequences, the same on all context-parallel ranks; the row `tokens` is what this rank computes.
+    Row r scores the token `targets[r]` of `batch`: the one after the row's own. Padding is the tail of a sequence's
+    document or a document of its own at the end; it scores nothing, so no statistic and no loss sees it.
+
+    Example: sequences (5, 6, 7) and (8, 9) on one rank, padded to a multiple of 2: `tokens = [5, 6, 7, 8, 9, 0]`,
+    `cu_seqlens = [0, 3, 5, 6]`, `targets = [1, 2, -1, 4, -1, -1]`, `last_rows = [2, 4]`, `owned = [1, 2, 4]`.
     """
 
     batch: Batch  # the real tokens only
-    tokens: Tensor  # [N + padding] int64
-    position_ids: Tensor  # [N + padding] int64, from 0 in every document
-    cu_seqlens: Tensor  # [S + 1 (+ 1 if padded)] int32
-    sequence_ids: Tensor  # [N + padding] int64
+    tokens: Tensor  # [n] int64: this rank's rows
+    position_ids: Tensor  # [n] int64, from 0 in every document
+    cu_seqlens: Tensor  # [documents + 1] int32: padded documents of the row that all context-parallel ranks hold together
+    targets: Tensor  # [n] int64: index into `batch` of the token that the row predicts; -1: none
+    last_rows: Tensor  # [S] int64: the row of each sequence's last token; -1: another rank has it
+    # [l, n / tp, k] integer: the experts that the routers of this rank's l MoE layers are to choose for its rows, -1: as
+    # they like; None: nothing is replayed
+    experts: Tensor | None = None
 
     @property
-    def num_padding(self) -> int:
-        return self.tokens.numel() - self.batch.tokens.numel()
+    def owned(self) -> Tensor:
+        """[m] int64, ascending: the tokens of `batch` that this rank scores; no first token of a sequence is one."""
+        return self.targets[self.targets >= 0]
 
     @property
-    def max_seqlen(self) -> int:
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+    def held(self) -> Tensor:
+        """[n] int64: the token of `batch` in each row; -1: padding."""
+        held = torch.where(self.targets >= 0, self.targets - 1, -1)
+        here = self.last_rows >= 0
+        held[self.last_rows[here]] = self.batch.offsets()[1:][here] - 1
+        return held
+
+    def local_batch(self) -> Batch:
+        """The tokens that this rank scores, aligned with `owned`; every sequence is there, some perhaps empty."""
+        return self.batch.take(self.owned)
 
 
 @dataclass

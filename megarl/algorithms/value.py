@@ -35,7 +35,8 @@ def value_loss(
     clipped = torch.zeros_like(on)
     if settings.clip is not None:
         other = (old + (values - old).clamp(-settings.clip, settings.clip) - returns).square()
-        clipped = other.detach() > error.detach()
+        # within the clip both are the same but for rounding, which must not count
+        clipped = ((values - old).abs() > settings.clip) & (other.detach() > error.detach())
         error = torch.maximum(error, other)
     loss = 0.5 * torch.where(on, token_weights * error, 0.0).sum()
     metrics: dict[str, Metric] = {

@@ -1,6 +1,7 @@
 """The typed configuration: YAML with `a.b=c` overrides, every check a file can fail, no torch."""
 
-from megarl.config.check import check_config, check_world, smallest_world
+from megarl.config.check import check_config, check_world
+from megarl.config.layouts import smallest_world
 from megarl.config.load import Resolved, describe, dump_config, load_config, resolve
 from megarl.config.run_dir import RunDir, prepare_run_dir
 from megarl.config.schema import (

@@ -4,68 +4,49 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.schema import Config, DataSource, Parallel
+from megarl.config.layouts import Shape, check_layout
+from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
 
-Command = Literal["sft", "reward_model", "rl", "eval", "sync"]
+Command = Literal["sft", "reward_model", "rl", "eval", "sync", "model"]
 
 FAMILIES = ("qwen3_moe", "qwen3")
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
 
-def smallest_world(config: Config) -> int:
-    """Fewest ranks on which dense layers (tp x pp x cp), experts (etp x ep x pp) and the engine all fit evenly."""
-    p = config.parallel
-    return math.lcm(p.tp * p.pp * p.cp, p.etp * p.ep * p.pp, config.rollout.tensor_parallel)
-
-
 def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
-    _check_software(config)
-    _check_layout(config)
+    _check_software(config, require)
     _check_sections(config, require)
     _check_sources(config, must_exist=require)
     _check_rewards(config, require)
-    shape = model_shape(config, require)
-    if shape is not None:
-        _check_shape(config, shape)
-        _check_lengths(config, shape["max_position_embeddings"])
-    check_world(config, config.parallel.nproc or smallest_world(config))
+    shapes = _shapes(config, require)
+    if shapes:
+        _check_shape(config, shapes[0].config)
+        _check_lengths(config, shapes[0].config["max_position_embeddings"])
+    check_layout(config, shapes, config.parallel.nproc)
 
 
-def check_world(config: Config, world_size: int) -> None:
+def check_world(config: Config, world_size: int, require: Command | None = None) -> None:
     """Raise `BadInput` unless the layout and the batches divide over `world_size` ranks."""
-    p, smallest = config.parallel, smallest_world(config)
-    if world_size % smallest:
-        raise BadInput(
-            f"world size {world_size}: not a multiple of {smallest}, which tp={p.tp} pp={p.pp} cp={p.cp} ep={p.ep} "
-            f"etp={p.etp} and rollout.tensor_parallel={config.rollout.tensor_parallel} need; "
-            f"set parallel.nproc (or --nproc) to {max(1, world_size // smallest) * smallest}"
-        )
-    dp = world_size // (p.tp * p.pp * p.cp)
-    if config.sft is not None and config.sft.batch_size < dp:
-        raise BadInput(
-            f"sft.batch_size = {config.sft.batch_size}: below the {dp} data-parallel ranks; set at least {dp}"
-        )
-    if config.reward_model is not None and config.reward_model.batch_size < dp:
-        raise BadInput(
-            f"reward_model.batch_size = {config.reward_model.batch_size}: below the {dp} data-parallel ranks; "
-            f"set at least {dp}"
-        )
-    if config.rl is not None:
-        rl = config.rl
-        per_step = rl.prompts_per_step * rl.samples_per_prompt // rl.optimizer_steps_per_rollout
-        if per_step < dp:
-            raise BadInput(
-                f"rl.prompts_per_step = {rl.prompts_per_step}: {per_step} sequences per optimizer step for {dp} "
-                f"data-parallel ranks; set at least {-(-dp * rl.optimizer_steps_per_rollout // rl.samples_per_prompt)}"
-            )
+    check_layout(config, _shapes(config, require), world_size)
+
+
+def _shapes(config: Config, require: Command | None) -> list[Shape]:
+    """The policy, where its shape is known, and the reward models that RL scores with."""
+    policy = model_shape(config, require)
+    if policy is None:
+        return []
+    rewards = [config.reward, *config.reward.named.values()] if require == "rl" else []
+    judges = [
+        _read_config_json(Path(reward.params["path"]) / "config.json") for reward in rewards if reward.type == "model"
+    ]
+    return [Shape(policy), *(Shape(judge, "the reward model's") for judge in judges)]
 
 
 def model_shape(config: Config, require: Command | None = None) -> Mapping[str, Any] | None:
@@ -129,23 +110,15 @@ def _read_config_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_software(config: Config) -> None:
-    if config.parallel.cp > 1:
-        raise BadInput(
-            f"parallel.cp = {config.parallel.cp}: no layer provider here splits sequences; set parallel.cp: 1"
-        )
+def _check_software(config: Config, require: Command | None) -> None:
+    if config.model.dtype == "float64" and require in ("rl", "eval", "sync"):
+        raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise BadInput(
             f"log.wandb = {config.log.wandb!r}: wandb is not installed; pip install wandb, or set log.wandb: none"
         )
-
-
-def _check_layout(config: Config) -> None:
-    p = config.parallel
-    if p.vpp is not None and p.vpp > 1 and p.pp == 1:
-        raise BadInput(f"parallel.vpp = {p.vpp}: virtual stages need a pipeline; set parallel.pp above 1 or vpp: none")
 
 
 def _check_sections(config: Config, require: Command | None) -> None:
@@ -248,18 +221,10 @@ def _check_reward_model(config: Config, key: str, path: Any) -> None:
             f"{key} = {path!r}: architectures = {architectures} is not a reward model; "
             "set a folder with ...ForSequenceClassification"
         )
-    _check_learner_shape(config.parallel, shape, "the reward model's")
-
-
-def _divides(key: str, degree: int, what: str, count: int, whose: str = "the model's") -> None:
-    if count % degree:
-        fits = [d for d in range(1, min(degree, count) + 1) if count % d == 0]
-        raise BadInput(f"{key} = {degree}: does not divide {whose} {count} {what}; set {fits[-1]}")
 
 
 def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
-    """The model can be what its config.json says, and fits the learner's and the engine's layouts."""
-    rollout = config.rollout
+    """The model can be what its config.json says, whatever the layout."""
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     if heads % kv_heads:
         raise BadInput(
@@ -269,45 +234,13 @@ def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
         raise BadInput(
             f"model.generate.head_dim = {config.model.generate.head_dim}: rotary embedding needs an even width"
         )
-    _check_learner_shape(config.parallel, shape)
-    _divides("rollout.tensor_parallel", rollout.tensor_parallel, "attention heads", heads)
-    if kv_heads % rollout.tensor_parallel and rollout.tensor_parallel % kv_heads:
-        _divides("rollout.tensor_parallel", rollout.tensor_parallel, "key/value heads", kv_heads)
     if shape["model_type"] == "qwen3_moe":
         if shape["num_experts_per_tok"] > shape["num_experts"]:
             raise BadInput(
                 f"model: {shape['num_experts_per_tok']} experts per token of {shape['num_experts']}; lower top_k"
             )
-        _divides("rollout.tensor_parallel", rollout.tensor_parallel, "expert columns", shape["moe_intermediate_size"])
-        return
-    for name in ("ep", "etp"):
-        if getattr(config.parallel, name) > 1:
-            raise BadInput(
-                f"parallel.{name} = {getattr(config.parallel, name)}: a dense model has no experts; "
-                f"set parallel.{name}: 1"
-            )
-    if rollout.routed_experts:
+    elif config.rollout.routed_experts:
         raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
-
-
-def _check_learner_shape(p: Parallel, shape: Mapping[str, Any], whose: str = "the model's") -> None:
-    """The degrees divide what they split; a dense model is whole on every expert-parallel rank."""
-    _divides("parallel.tp", p.tp, "attention heads", shape["num_attention_heads"], whose)
-    _divides("parallel.tp", p.tp, "key/value heads", shape["num_key_value_heads"], whose)
-    layers, stages = shape["num_hidden_layers"], p.pp * (p.vpp or 1)
-    if layers % stages:
-        fits = [d for d in range(1, stages + 1) if layers % d == 0]
-        raise BadInput(
-            f"parallel.pp = {p.pp}, vpp = {p.vpp or 1}: {stages} stages do not divide {whose} {layers} layers; "
-            f"set pp x vpp to {fits[-1]}"
-        )
-    dense = shape["model_type"] != "qwen3_moe"
-    if not dense:
-        _divides("parallel.ep", p.ep, "experts", shape["num_experts"], whose)
-        _divides("parallel.etp", p.etp, "expert intermediate columns", shape["moe_intermediate_size"], whose)
-        dense = shape.get("mlp_only_layers") or shape.get("decoder_sparse_step", 1) != 1
-    if dense and shape.get("intermediate_size"):
-        _divides("parallel.tp", p.tp, "intermediate columns", shape["intermediate_size"], whose)
 
 
 def _check_lengths(config: Config, model_context: int) -> None:

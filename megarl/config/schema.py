@@ -113,8 +113,8 @@ class Model(Section):
     """Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
     generate: Generate | None = None
     """Make the checkpoint at `path` when it is not there."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Learner and rollout precision."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Learner and rollout precision; float64 is for comparisons on a learner alone (`megarl verify layouts`)."""
     layers: Literal["auto", "torch", "te"] = "auto"
     """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
     router_dtype: Literal["float32", "float64"] = "float32"
@@ -137,14 +137,32 @@ class Parallel(Section):
     etp: Positive = 1
     """Expert tensor parallel degree."""
     cp: Positive = 1
-    """Context parallel degree."""
+    """Context parallel degree: every sequence is cut into 2 cp chunks, of which a rank holds an early and a late one."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage; none: as many as the others. Not with virtual stages."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last pipeline stage; none: as many as the others. Not with virtual stages."""
+    embedding_in_split: bool = False
+    """The embedding counts as a layer when layers are shared out over the stages."""
+    loss_in_split: bool = False
+    """The output layer and the loss count as a layer when layers are shared out over the stages."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each to its expert's rank, or all to all ranks (small ep, many experts a token)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of norms and of MLPs or experts, or all of a layer."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel ranks."""
+    """Shard optimizer state over the data-parallel ranks (a float64 model does not)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the two above."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A collective that takes longer ends the job."""
 
 
 class Optimizer(Section):
+    type: Literal["adam", "sgd"] = "adam"
+    """Adam with decoupled weight decay, or plain gradient descent."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.0
@@ -336,7 +354,11 @@ class Rollout(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; the learner divides its logits by the same."""
     tensor_parallel: Positive = 1
-    """Ranks that share one engine."""
+    """Ranks that share one replica of the model, and its prompts."""
+    data_parallel: Positive = 1
+    """Replicas that share their experts and decode in lock-step, each its own prompts; needs expert_parallel."""
+    expert_parallel: bool = False
+    """Whole experts are dealt out over the tensor_parallel x data_parallel ranks; false: every expert's columns are."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25
     """Key/value cache per engine on a CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45

@@ -63,15 +63,17 @@ def _shapes_on(rule: Rule, spec: ModelSpec, shard: Shard) -> dict[str, tuple[int
     return {region.hf_name: shapes[region.hf_name] for region in rule.regions(spec, shard)}
 
 
-def matched(chunks: list[nn.Module], spec: ModelSpec) -> dict[str, tuple[Rule, Tensor]]:
+def matched(
+    chunks: list[nn.Module], spec: ModelSpec, gradients: bool = False
+) -> dict[str, tuple[Rule, Tensor]]:
     """Every tensor of this rank's chunks that a checkpoint holds, with its rule, by its name with global layer numbers.
 
-    Raises RunFailed for a parameter without a rule.
+    `gradients`: the main gradients of the parameters instead. Raises RunFailed for a parameter without a rule.
     """
     rules = {rule.megatron: rule for block in family(spec.family).blocks(spec) for rule in block}
     out = {}
     for chunk in chunks:
-        for name, tensor, is_parameter in _named_tensors(chunk):
+        for name, tensor, is_parameter in _named_tensors(chunk, gradients):
             if name in rules:
                 out[name] = (rules[name], tensor)
             elif is_parameter:
@@ -79,13 +81,13 @@ def matched(chunks: list[nn.Module], spec: ModelSpec) -> dict[str, tuple[Rule, T
     return out
 
 
-def _named_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Parameters and buffers of one chunk (wrapped or not), named with global layer numbers."""
+def _named_tensors(chunk: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor, bool]]:
+    """Parameters and buffers of one chunk (wrapped or not), or their gradients, named with global layer numbers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-    tensors = [(name, p.data, True) for name, p in chunk.named_parameters()]
-    tensors += [(name, b, False) for name, b in chunk.named_buffers() if b is not None]
+    tensors = [(name, p.main_grad if gradients else p.data, True) for name, p in chunk.named_parameters()]
+    tensors += [(name, b, False) for name, b in chunk.named_buffers() if b is not None and not gradients]
     for name, tensor, is_parameter in tensors:
         if name.startswith(LAYER):
             local, rest = name.removeprefix(LAYER).split(".", 1)

@@ -25,7 +25,22 @@ def stream_hf(chunks: list[nn.Module], spec: ModelSpec, mesh) -> Iterator[tuple[
     that the extra memory is at most about two layers. Tensors may be views of the model's parameters: copy what must
     outlive the next optimizer step.
     """
-    held = {name: tensor for name, (_, tensor) in matched(chunks, spec).items()}
+    yield from stream_tensors({name: tensor for name, (_, tensor) in matched(chunks, spec).items()}, spec, mesh)
+
+
+@torch.no_grad()
+def stream_gradients(chunks: list[nn.Module], spec: ModelSpec, mesh) -> Iterator[tuple[str, Tensor]]:
+    """`stream_hf` of the main gradients: reduced over the data-parallel ranks, as the optimizer steps with them.
+
+    Without the distributed optimizer, which leaves a rank with its part of the sum.
+    """
+    held = {name: tensor for name, (_, tensor) in matched(chunks, spec, gradients=True).items()}
+    yield from stream_tensors(held, spec, mesh)
+
+
+@torch.no_grad()
+def stream_tensors(held: dict[str, Tensor], spec: ModelSpec, mesh) -> Iterator[tuple[str, Tensor]]:
+    """`stream_hf` of any tensors that are cut as the parameters are: by Megatron name with global layer numbers."""
     owners = _owners(held, mesh)
     shard = Shard.of(mesh)
     for block in family(spec.family).blocks(spec):

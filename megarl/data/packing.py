@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megarl.errors import BadInput
 from megarl.types import Batch, MicroBatch
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a batch is shared out over ranks and what a packed row must look like there; the default is one process."""
+
+    dp: int = 1
+    dp_rank: int = 0
+    cp: int = 1
+    cp_rank: int = 0
+    row_multiple: int = 1  # a rank's rows come in multiples of this (tp under sequence parallelism, 16 for FP8)
+    count_multiple: int = 1  # micro-batches come in multiples of this (pp with virtual stages)
+    attention: float = 0.0  # cost of a sequence: tokens + attention * tokens²
+    equal_rows: bool = False  # the k-th micro-batches of all data-parallel ranks have the same length (all-gather dispatcher)
+
+    @property
+    def document_multiple(self) -> int:
+        """Tokens of a sequence are padded to a multiple of this: 2 cp chunks of the same size."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def multiple(self) -> int:
+        """Tokens of a whole packed row, over all context-parallel ranks, come in multiples of this."""
+        return self.row_multiple * self.document_multiple
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes up in a row."""
+        return -(-length // self.document_multiple) * self.document_multiple
 
 
 def plan_micro_batches(
@@ -45,47 +75,92 @@ def plan_micro_batches(
     return [_spread(rank, bins, lengths, costs, capacity, count) for rank, bins in zip(ranks, packed, strict=True)]
 
 
-def pack(batch: Batch, sequences: Sequence[int], pad_multiple: int = 1, pad_token: int = 0) -> MicroBatch:
-    """The given sequences as one packed forward of a multiple of `pad_multiple` tokens.
+def pack(
+    batch: Batch, sequences: Sequence[int], layout: BatchLayout = BatchLayout(), rows: int = 0, pad_token: int = 0
+) -> MicroBatch:
+    """The given sequences as one packed forward, of which this is one context-parallel rank's part.
 
-    Padding is one more document of `pad_token`s, outside `MicroBatch.batch`. Without sequences the micro-batch is
-    padding alone, so that a rank with nothing to do still takes part in every collective.
+    The whole row has at least `rows` tokens. Without sequences it is padding alone, so that a rank with nothing to do
+    still takes part in every collective.
+
+    Under context parallelism each document is cut into 2 cp chunks of the same size and rank r holds chunks r and
+    2 cp - 1 - r ("zig-zag"): causal attention then costs every rank the same.
     """
-    real = batch.select(sequences)
-    total = real.tokens.numel()
-    padding = -total % pad_multiple if total else pad_multiple
-    lengths = torch.cat([real.lengths, real.lengths.new_tensor([padding])]) if padding else real.lengths
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
+    real, multiple = batch.select(sequences), layout.multiple
+    lengths = [layout.padded(length) for length in real.lengths.tolist()]
+    tail = max(-(-sum(lengths) // multiple) * multiple, rows, multiple) - sum(lengths)
+    documents = torch.tensor([*lengths, tail] if tail else lengths)
+    ends = documents.cumsum(0)
+    starts = ends - documents
+    total = int(ends[-1])
+    row = torch.repeat_interleave(torch.arange(documents.numel()), documents)
+    positions = torch.arange(total) - starts[row]
+    sizes = torch.cat([real.lengths, real.lengths.new_zeros(documents.numel() - len(real))])  # real tokens of a document
+    token = torch.zeros(total, dtype=torch.int64)
+    is_real = positions < sizes[row]
+    token[is_real] = torch.arange(real.tokens.numel())
+    ids = real.tokens.new_full((total,), pad_token)
+    ids[is_real] = real.tokens
+    targets = torch.where(positions + 1 < sizes[row], token + 1, -1)
+    own = zigzag(documents, layout.cp, layout.cp_rank)
+    row_of = torch.full((total,), -1)
+    row_of[own] = torch.arange(own.numel())
+    last = starts[: len(real)] + real.lengths - 1
     return MicroBatch(
         batch=real,
-        tokens=torch.cat([real.tokens, real.tokens.new_full((padding,), pad_token)]),
-        position_ids=torch.arange(total + padding) - torch.repeat_interleave(starts, lengths),
+        tokens=ids[own],
+        position_ids=positions[own],
         cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
-        sequence_ids=torch.repeat_interleave(torch.arange(lengths.numel()), lengths),
+        targets=targets[own],
+        last_rows=row_of[last],
     )
 
 
-def micro_batches(
-    batch: Batch,
-    token_budget: int,
-    dp_rank: int,
-    dp_size: int,
-    pad_multiple: int = 1,
-    *,
-    attention: float = 0.0,
-    count_multiple: int = 1,
+def zigzag(documents: Tensor, cp: int, rank: int) -> Tensor:
+    """[n] int64: the tokens of a packed row that one context-parallel rank holds, document by document.
+
+    `documents` [D]: padded lengths, multiples of 2 cp (of anything for cp = 1).
+    """
+    if cp == 1:
+        return torch.arange(int(documents.sum()))
+    chunks = documents // (2 * cp)
+    starts = documents.cumsum(0) - documents
+    pieces = torch.stack([starts + rank * chunks, starts + (2 * cp - 1 - rank) * chunks], dim=1).flatten()
+    sizes = chunks.repeat_interleave(2)
+    within = torch.arange(int(sizes.sum())) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return torch.repeat_interleave(pieces, sizes) + within
+
+
+def micro_batches(batch: Batch, token_budget: int, layout: BatchLayout = BatchLayout()) -> list[MicroBatch]:
+    """This rank's packed micro-batches of a batch that every rank holds whole.
+
+    `token_budget`: tokens of a packed row over all context-parallel ranks. Raises BadInput for a sequence above it.
+    """
+    return pack_units(batch, [[index] for index in range(len(batch))], token_budget, layout)
+
+
+def pack_units(
+    batch: Batch, units: Sequence[Sequence[int]], token_budget: int, layout: BatchLayout
 ) -> list[MicroBatch]:
-    """This data-parallel rank's packed micro-batches of a batch that every rank holds whole."""
+    """As `micro_batches`, for sequences that must stay together: each unit lists the sequences of one."""
+    padded = [layout.padded(length) for length in batch.lengths.tolist()]
+    sizes = [sum(padded[index] for index in unit) for unit in units]
     plan = plan_micro_batches(
-        batch.lengths.tolist(),
+        sizes,
         token_budget,
-        dp_size,
-        pad_multiple,
-        attention=attention,
-        count_multiple=count_multiple,
+        layout.dp,
+        layout.multiple,
+        attention=layout.attention,
+        count_multiple=layout.count_multiple,
     )
-    return [pack(batch, sequences, pad_multiple) for sequences in plan[dp_rank]]
+    rows = [0] * len(plan[0])
+    if layout.equal_rows:
+        rows = [max(sum(sizes[unit] for unit in rank[k]) for rank in plan) for k in range(len(rows))]
+        rows = [-(-row // layout.multiple) * layout.multiple for row in rows]
+    return [
+        pack(batch, [index for unit in chosen for index in units[unit]], layout, least)
+        for chosen, least in zip(plan[layout.dp_rank], rows, strict=True)
+    ]
 
 
 def _balance(order: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:

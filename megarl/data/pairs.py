@@ -11,7 +11,7 @@ import torch
 
 from megarl.data.chat import render_sft_rows
 from megarl.data.mixture import Mixture
-from megarl.data.packing import pack, plan_micro_batches
+from megarl.data.packing import BatchLayout, pack_units
 from megarl.data.sources import Row, load_rows
 from megarl.errors import BadInput
 from megarl.types import Batch, MicroBatch
@@ -105,15 +105,9 @@ def pair_batch(pairs: Sequence[Pair]) -> Batch:
     )
 
 
-def pair_micro_batches(
-    batch: Batch, token_budget: int, dp_rank: int, dp_size: int, pad_multiple: int = 1, *, count_multiple: int = 1
-) -> list[MicroBatch]:
-    """This data-parallel rank's packed micro-batches of `pair_batch`; both sides of a pair are in the same one."""
-    lengths = batch.lengths.view(-1, 2).sum(1).tolist()
-    plan = plan_micro_batches(lengths, token_budget, dp_size, pad_multiple, count_multiple=count_multiple)
-    return [
-        pack(batch, [2 * pair + side for pair in pairs for side in (0, 1)], pad_multiple) for pairs in plan[dp_rank]
-    ]
+def pair_micro_batches(batch: Batch, token_budget: int, layout: BatchLayout) -> list[MicroBatch]:
+    """This rank's packed micro-batches of `pair_batch`; both sides of a pair are in the same one."""
+    return pack_units(batch, [(side, side + 1) for side in range(0, len(batch), 2)], token_budget, layout)
 
 
 def _conversations(row: Row) -> tuple[Row, Row]:

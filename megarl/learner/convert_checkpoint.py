@@ -38,7 +38,7 @@ def convert_checkpoint(src: str | Path, dst: str | Path, to: Literal["hf", "mega
     if to == "hf":
         role = model_role(source / SHARDS)
         spec = replace(spec, head="scalar" if role == "reward" else "lm")
-    chunks = build_model(spec, model, mesh)
+    chunks = build_model(spec, model, mesh, parallel)
     if to == "hf":
         load_model(source / SHARDS, chunks, role)
         save_hf(target, chunks, spec, mesh, extra_from=side)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megarl import platform
 from megarl.config.schema import Optimizer
@@ -17,9 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 
 
 def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
-    """Adam with decoupled weight decay over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16."""
+    """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16."""
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.type,
+        sgd_momentum=0.0,
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
@@ -31,7 +34,11 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks)
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True  # one pass over the weights instead of one for each operator
+    return optimizer
 
 
 def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
@@ -52,6 +59,44 @@ def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> Opt
         override_opt_param_scheduler=True,  # after a resume the config's schedule holds, the checkpoint's step counts
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """Euclidean norm of the whole model's gradient, every parameter counted once, summed in float64. Collective.
+
+    After `prepare_grads`. Megatron's own is summed in float32.
+    """
+    total = 0.0
+    for part in _parts(optimizer):
+        squares = torch.zeros((), dtype=torch.float64, device=platform.device())
+        gradients = part.get_main_grads_for_grad_norm() if _has_parameters(part) else []
+        if gradients:
+            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += float(squares)
+    return math.sqrt(total)
+
+
+@torch.no_grad()
+def clip_gradient(optimizer: Any, norm: float, largest: float) -> None:
+    """Scale the gradient, whose norm is `norm`, down to the norm `largest`; 0 leaves it."""
+    scale = largest / (norm + 1e-6)
+    if largest <= 0 or scale >= 1:
+        return
+    for part in _parts(optimizer):
+        gradients = [p.grad for p in part.get_parameters() if p.grad is not None] if _has_parameters(part) else []
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Dense parameters and experts have optimizers of their own; those of all virtual stages too."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _has_parameters(part: Any) -> bool:
+    return not getattr(part, "is_stub_optimizer", False)
 
 
 def init_state(optimizer: Any) -> None:
@@ -75,8 +120,13 @@ def separate_steps(optimizer: Any) -> None:
 
 
 def _torch_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for p in group["params"]:
+                yield inner, p
+
+
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                for p in group["params"]:
-                    yield part.optimizer, p
+            yield part.optimizer

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from megarl import platform
-from megarl.config.schema import Config, Optimizer
+from megarl.config.schema import Config, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
+from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
-from megarl.learner.optimizer import build_optimizer, build_schedule
-from megarl.metrics import Max, Mean, Metric, merge
+from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
+from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.layers.lm_head import output_weight
 from megarl.models.log_probs import linear_log_probs
+from megarl.models.moe.replay import RoutingReplay, RowRouting
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
-from megarl.parallel import Mesh
+from megarl.parallel import GroupSum, Mesh
 from megarl.types import MicroBatch, SequenceShards
 
 platform.setup()
@@ -33,15 +35,14 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
 Role = Literal["policy", "reference", "critic", "reward"]
-# (the micro-batch's tokens on the device, *what the role's output is read as, shards) -> its share of the step's loss,
-# metrics. Between batch and shards stand, by role: log-probs [n] and entropy [n]; values [n] of a critic; scores [S] of
-# a reward model.
+# (the micro-batch's tokens that this rank scores, on the device, *what the role's output is read as, shards) -> its share
+# of the step's loss, metrics. Between batch and shards stand, by role: log-probs [m] and entropy [m]; values [m] of a
+# critic; scores [S] of a reward model, with whole sequences, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
 
@@ -53,6 +54,7 @@ class StepResult:
     applied: bool  # False: a gradient was not finite, and nothing was changed
     grad_norm: float  # before clipping, over all ranks
     metrics: dict[str, Metric]
+    routing: list[RowRouting]  # what the routers did, one for each micro-batch; empty without `routing`
 
 
 class Policy:
@@ -71,27 +73,53 @@ class Policy:
         optimizer: Optimizer | None = None,
         total_steps: int = 1,
         temperature: float = 1.0,
+        routing: bool = False,
     ) -> None:
+        """`routing`: passes record what the routers choose, and replay `MicroBatch.experts`; of an MoE model."""
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
-        self.config = transformer_config(spec, cfg.model, mesh)
-        dtype = DTYPES[cfg.model.dtype]
-        self.modules = build_model(spec, cfg.model, mesh)  # what convert reads and writes
-        chunks = [Float16Module(self.config, m) for m in self.modules] if dtype is torch.bfloat16 else self.modules
+        self.layout = batch_layout(spec, cfg.parallel, mesh)  # what the micro-batches of this model must be packed for
+        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel)
+        self.dtype = DTYPES[cfg.model.dtype]
+        self._modules = build_model(spec, cfg.model, mesh, cfg.parallel)
+        is_half = self.dtype is torch.bfloat16
+        self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
         self.optimizer = self.schedule = None
+        self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
-            distributed = cfg.parallel.distributed_optimizer
-            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-            chunks = [DistributedDataParallel(self.config, ddp, c) for c in chunks]
-            self.optimizer = build_optimizer(optimizer, dtype, chunks, distributed)
-            self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
-            config = get_model_config(chunks[0])
-            config.finalize_model_grads_func = finalize_model_grads
-            config.grad_scale_func = self.optimizer.scale_loss
-        self.chunks = chunks
+            self._prepare_training(optimizer, cfg.parallel, total_steps)
         self.updates = 0  # optimizer steps taken: the policy version
+        self.routing = RoutingReplay(self._modules, spec, mesh, role) if routing and spec.is_moe else None
         self._run = get_forward_backward_func()
+
+    def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
+        # Megatron's distributed optimizer knows half and single precision only
+        distributed = parallel.distributed_optimizer and self.dtype is not torch.float64
+        self._gathers_late = parallel.overlap_param_gather and distributed
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=self.dtype is not torch.float64,
+            use_distributed_optimizer=distributed,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=self._gathers_late,
+        )
+        self.chunks = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        self.optimizer = build_optimizer(optimizer, self.dtype, self.chunks, distributed)
+        self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
+        config = get_model_config(self.chunks[0])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    @property
+    def modules(self) -> list[Any]:
+        """This rank's chunks of the model, with the weights of the last update: what convert reads and writes."""
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        return self._modules
 
     @classmethod
     def from_hf(cls, path: str | Path, cfg: Config, mesh: Mesh, role: Role = "policy", **settings: Any) -> Policy:
@@ -109,7 +137,7 @@ class Policy:
 
     def load_hf(self, path: str | Path) -> None:
         """Replace the weights, and the optimizer's main copy of them, by those of a Hugging Face folder."""
-        load_hf(path, self.modules, self.spec, self.mesh)
+        load_hf(path, self._modules, self.spec, self.mesh)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -120,29 +148,39 @@ class Policy:
     def log_probs(
         self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probs and entropies `[n]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
+        """Log-probs and entropies `[N]` of each micro-batch's real tokens, on the CPU; empty off the last stage.
 
-        Computed where `response_mask` is 1, and 0 elsewhere and at the first token of a sequence.
-        The same packing and code path as `train_step`, so that before the first update the ratio is exactly 1.
-        `temperature`: of the softmax, None: the one sampled with.
+        0 where `response_mask` is 0, and at tokens that this rank does not score (see `MicroBatch.owned`). The same
+        packing and code path as `train_step`, so that before the first update the ratio is exactly 1. `temperature`: of
+        the softmax, None: the one sampled with.
         """
-        outputs = self._outputs(micro_batches, temperature)
-        return [o[0] for o in outputs], [o[1] for o in outputs]
+        outputs, _routing = self._outputs(micro_batches, temperature)
+        log_probs, entropies = ([_at_owned(m, o[i]) for m, o in zip(micro_batches, outputs)] for i in (0, 1))
+        return log_probs, entropies
+
+    def read(
+        self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
+    ) -> tuple[list[Tensor], list[RowRouting]]:
+        """Log-probs (a critic's values) as `log_probs`, and what the routers did, one for each micro-batch.
+
+        The latter is empty without `routing`.
+        """
+        outputs, routing = self._outputs(micro_batches, temperature)
+        return [_at_owned(micro, out[0]) for micro, out in zip(micro_batches, outputs)], routing
 
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Of a critic: the value `[n]` of the state before each real token, float32 on the CPU; empty off the last stage.
+        """Of a critic: the value `[N]` of the state before each real token, float32 on the CPU; empty off the last stage.
 
-        Entry t is the head's output at t - 1, the shift of `log_probs`: entry 0, and the first token of any later
-        sequence, mean nothing.
+        Entry t is the head's output at t - 1, the shift of `log_probs`; 0 at tokens that this rank does not score.
         """
-        return [values for (values,) in self._outputs(micro_batches)]
+        return self.read(micro_batches)[0]
 
     def scores(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Of a reward model: the head's output `[S]` at the last token of each sequence, float32 on the CPU.
 
         Empty off the last stage.
         """
-        return [scores for (scores,) in self._outputs(micro_batches)]
+        return [scores for (scores,) in self._outputs(micro_batches)[0]]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
@@ -158,16 +196,16 @@ class Policy:
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
             return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
 
-        collected = self._forward_backward(micro_batches, wrapped, forward_only=False)
+        collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
         lr = self.next_lr()
         applied, grad_norm = self._apply()
         metrics: dict[str, Metric] = {}
-        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:  # the other ranks would repeat the same numbers
+        if self._reports:
             for item in collected:
                 merge(metrics, item)
         own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
         metrics |= {f"{self.role}/{name}": metric for name, metric in own.items()}
-        return StepResult(applied, grad_norm, metrics)
+        return StepResult(applied, grad_norm, metrics, routing)
 
     def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
         """The loss's metrics over this rank's micro-batches, without a gradient."""
@@ -176,25 +214,25 @@ class Policy:
             return self._loss(micro_batch, out, loss)[1]
 
         with self._evaluating(), torch.no_grad():
-            collected = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
+            collected, _ = self._forward_backward(micro_batches, wrapped, forward_only=True, collect=True)
         metrics: dict[str, Metric] = {}
-        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
+        if self._reports:
             for item in collected:
                 merge(metrics, item)
         return metrics
 
+    @property
+    def _reports(self) -> bool:
+        # all context-parallel ranks know a reward model's scores, and compute the same loss from them
+        return self.mesh.reports and (self.role != "reward" or self.mesh.cp_rank == 0)
+
     def _apply(self) -> tuple[bool, float]:
         """Measure the gradient, check that it is finite on every rank, clip and step."""
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         overflow = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self.optimizer)
         if self.mesh.any(overflow or not math.isfinite(grad_norm)):
             return False, grad_norm
-        clip = self.optimizer.config.clip_grad
-        for part in parts:
-            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-            if clip > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+        clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
         self.updates += 1
@@ -208,10 +246,11 @@ class Policy:
 
     def _forward_backward(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable, forward_only: bool, collect: bool = False
-    ) -> list[Any]:
+    ) -> tuple[list[Any], list[RowRouting]]:
         """Megatron's schedule over this rank's micro-batches; `last_stage(micro_batch, out)` runs on the last one.
 
-        `out` is what the head gives: `[1, n, H]` hidden states, or `[1, n, 1]`.
+        `out` is what the head gives: `[1, n, H]` hidden states, or `[1, n, 1]`. Returns what it returned, and what the
+        routers did.
         """
         rows = [self._row(micro_batch) for micro_batch in micro_batches]
 
@@ -224,7 +263,7 @@ class Policy:
             return out, lambda out: last_stage(micro_batch, out)
 
         iterators = [iter(list(zip(micro_batches, rows, strict=True))) for _ in self.chunks]
-        return self._run(
+        collected = self._run(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -234,61 +273,100 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=collect,
         )
+        if self.routing is None:
+            return collected, []
+        routing = [row.routing for row in rows]
+        self.routing.finish(routing, uses=1 if forward_only or self.config.recompute_granularity is None else 2)
+        return collected, routing
 
     def _row(self, micro_batch: MicroBatch) -> PackedRow:
         device = platform.device()
-        return PackedRow.build(
+        row = PackedRow.build(
             micro_batch.cu_seqlens.to(device),
             micro_batch.position_ids.to(device),
             self.spec.head_dim,
             self.spec.rope_theta,
+            self.mesh.cp_group,
+            torch.promote_types(self.dtype, torch.float32),
         )
+        if self.routing is not None:
+            row.routing = self.routing.begin(micro_batch, device)
+        return row
 
     @torch.no_grad()
     def _outputs(
         self, micro_batches: Sequence[MicroBatch], temperature: float | None = None
-    ) -> list[tuple[Tensor, ...]]:
-        """`_read` of each micro-batch, on the CPU; empty off the last stage."""
+    ) -> tuple[list[tuple[Tensor, ...]], list[RowRouting]]:
+        """`_read` of each micro-batch, on the CPU, empty off the last stage; and what the routers did."""
 
         def collected(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, ...]:
             return tuple(tensor.cpu() for tensor in self._read(micro_batch, out, temperature))
 
         with self._evaluating():
-            outputs = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
-        return outputs if self.mesh.is_last_stage else []
+            outputs, routing = self._forward_backward(micro_batches, collected, forward_only=True, collect=True)
+        return outputs if self.mesh.is_last_stage else [], routing
 
     def _read(self, micro_batch: MicroBatch, out: Tensor, temperature: float | None = None) -> tuple[Tensor, ...]:
-        """What a loss of this role gets of the head's output (padding cut off), differentiable.
+        """What a loss of this role gets of the head's output, differentiable.
 
-        Log-probs and entropy `[n]`, 0 where `response_mask` is 0 and at first tokens; values `[n]`, each at the token
-        its state comes before; or scores `[S]`.
+        Log-probs and entropy `[m]`, 0 where `response_mask` is 0, or values `[m]`, of the tokens this rank scores; or all
+        scores `[S]`.
         """
-        real = micro_batch.batch.tokens.numel()
-        if self.role in SCALAR_ROLES:
-            numbers = out[0, :, 0]
-            if self.role == "reward":
-                return (numbers[micro_batch.batch.offsets()[1:].to(out.device) - 1],)
-            return (torch.cat([numbers.new_zeros(1), numbers[:-1]])[:real],)
-        weight = output_weight(self.modules[-1])
-        wanted = (micro_batch.batch.response_mask > 0) & (micro_batch.position_ids[:real] > 0)
-        index = wanted.nonzero()[:, 0].to(out.device)
-        outputs = linear_log_probs(
-            out[0, index - 1].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+        targets = micro_batch.targets.to(out.device)
+        if self.role == "reward":
+            return (self._scores(micro_batch.last_rows.to(out.device), out[0, :, 0]),)
+        rows = (targets >= 0).nonzero()[:, 0]
+        if self.role == "critic":
+            return (out[0, :, 0][rows],)
+        tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
+        index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
+        found = linear_log_probs(
+            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
             weight,
-            micro_batch.batch.tokens.to(out.device)[index],
+            tokens[index],
             self.spec.vocab_size,
             self.mesh.tp_group,
             temperature or self.temperature,
         )
-        return tuple(x.new_zeros(real).index_copy(0, index, x) for x in outputs)
+        return tuple(x.new_zeros(len(rows)).index_copy(0, index, x) for x in found)
+
+    def _scores(self, last_rows: Tensor, numbers: Tensor) -> Tensor:
+        """[S], the same on every context-parallel rank; each score has a gradient on the rank that computed it."""
+        mine = last_rows >= 0
+        scores = torch.where(mine, numbers[last_rows.clamp(min=0)], 0.0)
+        if self.mesh.cp == 1:
+            return scores
+        return scores + GroupSum(self.mesh.cp_group)(scores.detach().clone()) - scores.detach()
 
     def _loss(self, micro_batch: MicroBatch, out: Tensor, loss: LossFunction) -> tuple[Tensor, dict[str, Metric]]:
-        batch = micro_batch.batch.to(out.device)
-        shards = SequenceShards(batch.sequence_ids(), len(batch))
+        batch = micro_batch.batch if self.role == "reward" else micro_batch.local_batch()
+        batch, reduce = batch.to(out.device), GroupSum(self.mesh.cp_group)
+        shards = SequenceShards(batch.sequence_ids(), len(batch), reduce)
         read = self._read(micro_batch, out)
         share, metrics = loss(batch, *read, shards)
+        if self.mesh.cp > 1:
+            metrics["sequences/bytes_reduced"] = Sum(reduce.bytes)
         # a micro-batch without a trained token gives every parameter a gradient, and its backward every collective
         return share + 0.0 * read[0].sum(), metrics
+
+
+def batch_layout(spec: ModelSpec, parallel: Parallel, mesh: Mesh) -> BatchLayout:
+    """How batches are shared out and packed for this model on this mesh."""
+    return BatchLayout(
+        dp=mesh.dp,
+        dp_rank=mesh.dp_rank,
+        cp=mesh.cp,
+        cp_rank=mesh.cp_rank,
+        row_multiple=mesh.tp,
+        count_multiple=mesh.pp if mesh.vpp else 1,
+        attention=spec.attention_cost,
+        equal_rows=spec.is_moe and parallel.dispatcher == "allgather",
+    )
+
+
+def _at_owned(micro_batch: MicroBatch, values: Tensor) -> Tensor:
+    """[N]: `values` at the tokens that this rank scores, 0 elsewhere."""
+    return values.new_zeros(micro_batch.batch.tokens.numel()).index_copy_(0, micro_batch.owned, values)
 
 
 def _megatron_loss(loss: Tensor, metrics: dict[str, Metric], scale: int) -> tuple[Tensor, Tensor, dict[str, Metric]]:

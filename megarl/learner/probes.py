@@ -19,11 +19,11 @@ def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[np.ndarray]
     lengths = torch.tensor([len(probe) for probe in probes])
     tokens = torch.tensor([token for probe in probes for token in probe])
     batch = Batch(tokens, lengths, torch.ones(len(tokens)))
-    packed = [pack(batch, range(len(probes)), mesh.tp)]
-    if mesh.vpp:  # interleaved stages need a multiple of pp micro-batches
-        packed *= mesh.pp
+    packed = [pack(batch, range(len(probes)), policy.layout)] * policy.layout.count_multiple
     log_probs, _entropy = policy.log_probs(packed, temperature=1.0)
-    mine = log_probs[0] if log_probs else None
-    flat = next(x for x in mesh.all_gather_object(mine) if x is not None) if mesh.pp > 1 else mine
-    flat[batch.offsets()[:-1]] = 0.0
+    flat = torch.zeros(len(tokens), dtype=log_probs[0].dtype if log_probs else torch.float32)
+    mine = (packed[0].owned, log_probs[0][packed[0].owned]) if log_probs else None
+    for found in mesh.all_gather_object(mine) if mesh.pp * mesh.cp > 1 else [mine]:
+        if found is not None:
+            flat[found[0]] = found[1]
     return [part.numpy() for part in flat.split(lengths.tolist())]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megarl import platform
-from megarl.config.schema import Model
+from megarl.config.schema import Model, Parallel
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
@@ -23,7 +23,10 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -35,26 +38,32 @@ from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
 from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
 from megarl.models.moe.experts import GroupedExperts  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
 
 
-def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh) -> TransformerConfig:
-    """Megatron's configuration for `spec` in the precision of `model` on the layout of `mesh`."""
+def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -> TransformerConfig:
+    """Megarl's `model` and `parallel` sections for `spec` on the layout of `mesh`, as Megatron's configuration."""
     dtype = DTYPES[model.dtype]
-    # Megatron checks the dispatcher of a dense model too, and its default refuses variable lengths
-    moe: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    moe: dict[str, Any] = {}
     if spec.is_moe:
-        moe |= dict(
+        moe = dict(
             num_moe_experts=spec.num_experts,
             moe_router_topk=spec.top_k,
             moe_ffn_hidden_size=spec.moe_intermediate_size,
             moe_layer_freq=[int(layer in spec.moe_layers) for layer in range(spec.num_layers)],
             moe_router_pre_softmax=not spec.norm_topk_prob,
             moe_router_load_balancing_type="none",
-            moe_router_dtype={"float32": "fp32", "float64": "fp64"}[model.router_dtype],
+            # the router computes at least as precisely as the rest
+            moe_router_dtype=ROUTER_DTYPES["float64" if model.dtype == "float64" else model.router_dtype],
             moe_grouped_gemm=False,
         )
-    return TransformerConfig(
+    recompute = dict(
+        none={},
+        selective=dict(recompute_granularity="selective", recompute_modules=["layernorm", "mlp", "moe"]),
+        full=dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    )[parallel.recompute]
+    config = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.intermediate_size,
@@ -79,11 +88,16 @@ def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh) -> Transformer
         sequence_parallel=mesh.tp > 1,
         pipeline_model_parallel_size=mesh.pp,
         virtual_pipeline_model_parallel_size=mesh.vpp,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        account_for_embedding_in_pipeline_split=parallel.embedding_in_split,
+        account_for_loss_in_pipeline_split=parallel.loss_in_split,
         context_parallel_size=mesh.cp,
         # a dense model beside an MoE one, such as its reward model, is whole on every expert-parallel rank
         expert_model_parallel_size=mesh.ep if spec.is_moe else 1,
         expert_tensor_parallel_size=mesh.etp if spec.is_moe else 1,
-        variable_seq_lengths=mesh.pp > 1,  # micro-batches are packed to different lengths
+        # Megatron checks the dispatcher of a dense model too, and its default refuses variable lengths
+        moe_token_dispatcher_type=parallel.dispatcher if spec.is_moe else "alltoall",
         # with two stages and virtual stages the batched send/receive pairs the wrong messages, without an error
         overlap_p2p_comm=bool(mesh.vpp and mesh.vpp > 1),
         batch_p2p_comm=not (mesh.vpp and mesh.vpp > 1),
@@ -93,7 +107,12 @@ def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh) -> Transformer
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **moe,
+        **recompute,
     )
+    # micro-batches are packed to different lengths; set here since Megatron refuses it together with the all-gather
+    # dispatcher, whose own condition, equal lengths on all expert-parallel ranks, `BatchLayout.equal_rows` keeps
+    config.variable_seq_lengths = mesh.pp > 1
+    return config
 
 
 def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
@@ -115,7 +134,7 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
     )
 
 
-def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
+def build_model(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -> list[GPTModel]:
     """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
 
     The last stage ends in an `LMHead` and outputs hidden states `[1, n, H]`; with `spec.head == "scalar"`, in a
@@ -124,7 +143,7 @@ def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
     """
     if model.layers == "te":
         raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
-    config = transformer_config(spec, model, mesh)
+    config = transformer_config(spec, model, mesh, parallel)
     model_parallel_cuda_manual_seed(1)
     chunks = []
     for stage in range(mesh.vpp or 1):
@@ -132,7 +151,7 @@ def build_model(spec: ModelSpec, model: Model, mesh: Mesh) -> list[GPTModel]:
         first = mesh.pp_rank == 0 and stage == 0
         last = mesh.is_last_stage and stage == (mesh.vpp or 1) - 1
         offset = get_transformer_layer_offset(config, vp_stage, mesh.pp_rank)
-        count = spec.num_layers // (mesh.pp * (mesh.vpp or 1))
+        count = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
         layers = [_layer_spec(spec, offset + i in spec.moe_layers) for i in range(count)]
         chunk = GPTModel(
             config,

@@ -110,18 +110,19 @@ def spec_of(gen: Generate) -> ModelSpec:
     )
 
 
-def random_weights(spec: ModelSpec, seed: int, std: float) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, float32 tensor): norms 1, the rest normal with `std`, each from its own generator.
+def random_weights(spec: ModelSpec, seed: int, std: float, norm_std: float = 0.0) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, float32 tensor): norms 1 (+- `norm_std`), the rest +- `std`, each from its own generator.
 
     A tensor depends on the seed, its name and its shape only, so adding a layer leaves the others as they were.
     """
     for name, size in convert.family(spec.family).hf_shapes(spec).items():
-        if len(size) == 1:
+        if len(size) == 1 and not norm_std:
             yield name, torch.ones(size)
             continue
+        mean, spread = (1.0, norm_std) if len(size) == 1 else (0.0, std)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        yield name, torch.empty(size).normal_(0.0, std, generator=generator)
+        yield name, torch.empty(size).normal_(mean, spread, generator=generator)
 
 
 def make_tokenizer(settings: Tokenizer, context: int):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megarl.data.packing import zigzag
 
 # documents whose lengths differ by less than this share one padded attention call; more calls cost more than the padding
 BUCKET_RATIO = 1.25
@@ -14,31 +19,54 @@ BUCKET_RATIO = 1.25
 
 @dataclass
 class AttentionBucket:
-    """Documents of similar length, laid out as a right-padded rectangle.
+    """Queries of similar length with their keys, laid out as right-padded rectangles.
 
-    A causal kernel needs no mask for it: a real query only looks at keys before it, which are real, and what padded
-    queries produce is never read back.
+    Where a document's queries are all of its tokens, a causal kernel needs no mask: a real query only looks at keys
+    before it, which are real, and what padded queries produce is never read back.
     """
 
     documents: int  # B
-    length: int  # L, the longest
-    index: Tensor | None  # [B * L] into the packed row; padding repeats a real token. None: the row as it is
+    index: Tensor | None  # [B * queries] into this rank's rows; padding repeats a real one. None: the rows as they are
+    keys: Tensor | None  # [B * keys] into the ranks' keys laid end to end; None: as `index`
+    mask: Tensor | None  # [B, 1, queries, keys] bool: what a query may see; None: causal
+
+    @property
+    def key_index(self) -> Tensor | None:
+        return self.index if self.keys is None else self.keys
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's packed-sequence parameters plus what the torch layers precompute once per micro-batch."""
+    """Megatron's packed-sequence parameters plus what the torch layers precompute once per micro-batch.
+
+    n rows on this rank. Under context parallelism keys and values are gathered from the group, in rank order.
+    """
 
     position_ids: Tensor | None = None  # [n] int64, from 0 in every document
     buckets: tuple[AttentionBucket, ...] = ()
     restore: Tensor | None = None  # [n] into the concatenated bucket outputs; None: they are in order
-    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim] float32
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim], float32 or wider
+    cp_group: ProcessGroup | None = None  # None: this rank has all keys
+    routing: Any = None  # `RowRouting` of the pass, for models with a `RoutingReplay`
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, position_ids: Tensor, head_dim: int, rope_theta: float) -> PackedRow:
-        """`cu_seqlens` [documents + 1] int32 and `position_ids` [n] on the compute device."""
+    def build(
+        cls,
+        cu_seqlens: Tensor,
+        position_ids: Tensor,
+        head_dim: int,
+        rope_theta: float,
+        cp_group: ProcessGroup | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PackedRow:
+        """`cu_seqlens` [documents + 1] int32 of the whole row and `position_ids` [n] of this rank's, on the device.
+
+        `dtype`: of the rotary tables.
+        """
+        cp, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        buckets, restore = _bucket(cu_seqlens)
+        segments = _segments(cu_seqlens.tolist(), cp, rank)
+        buckets, restore = _bucket(segments, _key_order(cu_seqlens, cp), cu_seqlens.device)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -48,41 +76,94 @@ class PackedRow(PackedSeqParams):
             position_ids=position_ids,
             buckets=buckets,
             restore=restore,
-            rotary=_rotary(position_ids, head_dim, rope_theta),
+            rotary=_rotary(position_ids, head_dim, rope_theta, dtype),
+            cp_group=cp_group if cp > 1 else None,
         )
 
 
-def _rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """RoFormer (2104.09864) eq. 34 in the half-split layout of Hugging Face: cos and sin `[n, head_dim]` in float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponents)
+def _rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RoFormer (2104.09864) eq. 34 in the half-split layout of Hugging Face: cos and sin `[n, head_dim]`."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).to(dtype) / head_dim
+    angles = position_ids.to(dtype)[:, None] * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def _bucket(cu_seqlens: Tensor) -> tuple[tuple[AttentionBucket, ...], Tensor | None]:
-    starts = cu_seqlens[:-1].tolist()
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    if len(set(lengths)) == 1:
-        return (AttentionBucket(len(lengths), lengths[0], None),), None
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    groups: list[list[int]] = []
-    for document in order:
-        if groups and lengths[groups[-1][0]] <= BUCKET_RATIO * lengths[document] + 8:
-            groups[-1].append(document)
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive queries of one document on this rank: rows `start .. start + length`, keys `first .. first + seen`.
+
+    Query i sees the keys up to the (seen - length + i)-th of its document, so the last one sees all.
+    """
+
+    start: int
+    length: int
+    first: int  # in the whole row
+    seen: int
+
+
+def _segments(cu_seqlens: list[int], cp: int, rank: int) -> list[_Segment]:
+    """In the order of this rank's rows; one a document, or two under context parallelism (see `packing.zigzag`)."""
+    documents = list(itertools.pairwise(cu_seqlens))
+    if cp == 1:
+        return [_Segment(first, end - first, first, end - first) for first, end in documents]
+    out, start = [], 0
+    for first, end in documents:
+        chunk = (end - first) // (2 * cp)
+        for number in (rank, 2 * cp - 1 - rank):
+            out.append(_Segment(start, chunk, first, (number + 1) * chunk))
+            start += chunk
+    return out
+
+
+def _key_order(cu_seqlens: Tensor, cp: int) -> Tensor | None:
+    """[whole row]: where each of its tokens is among the ranks' rows laid end to end; None: in place."""
+    if cp == 1:
+        return None
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).cpu().long()
+    gathered = torch.cat([zigzag(lengths, cp, rank) for rank in range(cp)])
+    order = torch.empty_like(gathered)
+    order[gathered] = torch.arange(gathered.numel())
+    return order
+
+
+def _bucket(
+    segments: list[_Segment], key_order: Tensor | None, device: torch.device
+) -> tuple[tuple[AttentionBucket, ...], Tensor | None]:
+    if key_order is None and len({segment.length for segment in segments}) == 1:
+        return (AttentionBucket(len(segments), None, None, None),), None
+    order = sorted(segments, key=lambda s: (s.seen == s.length, -s.seen, -s.length))
+    groups: list[list[_Segment]] = []
+    for segment in order:
+        if groups and _similar(groups[-1][0], segment):
+            groups[-1].append(segment)
         else:
-            groups.append([document])
-    device, offset = cu_seqlens.device, 0
-    restore = torch.empty(sum(lengths), dtype=torch.int64)
+            groups.append([segment])
+    offset = 0
+    restore = torch.empty(sum(segment.length for segment in segments), dtype=torch.int64)
     buckets = []
     for group in groups:
-        longest = lengths[group[0]]
-        first = torch.tensor([starts[d] for d in group])[:, None]
-        size = torch.tensor([lengths[d] for d in group])[:, None]
-        column = torch.arange(longest)[None]
-        index = first + torch.minimum(column, size - 1)
-        real = column < size
+        start, length, first, seen = (
+            torch.tensor([getattr(s, name) for s in group])[:, None] for name in ("start", "length", "first", "seen")
+        )
+        column = torch.arange(int(length.max()))[None]
+        index = start + torch.minimum(column, length - 1)
+        real = column < length
         restore[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
-        buckets.append(AttentionBucket(len(group), longest, index.flatten().to(device)))
         offset += index.numel()
+        keys = mask = None
+        if key_order is not None:
+            key_column = torch.arange(int(seen.max()))[None]
+            keys = key_order[first + torch.minimum(key_column, seen - 1)].flatten().to(device)
+            if (seen != length).any():
+                mask = (key_column[:, None] <= (seen - length + column)[:, :, None])[:, None].to(device)
+        buckets.append(AttentionBucket(len(group), index.flatten().to(device), keys, mask))
     return tuple(buckets), restore.to(device)
+
+
+def _similar(longest: _Segment, other: _Segment) -> bool:
+    """Whether padding `other` to the longest of its bucket costs less than a call of its own."""
+    return (longest.seen == longest.length) == (other.seen == other.length) and all(
+        mine <= BUCKET_RATIO * its + 8
+        for mine, its in ((longest.length, other.length), (longest.seen, other.seen))
+    )

@@ -39,6 +39,19 @@ class ModelSpec:
     def is_moe(self) -> bool:
         return bool(self.moe_layers)
 
+    @property
+    def attention_cost(self) -> float:
+        """Work of a sequence of n tokens is proportional to n + attention_cost * n²: causal scores against products.
+
+        A token multiplies with every active weight; the n² / 2 pairs of query and key with two head widths a head.
+        """
+        heads = self.num_heads * self.head_dim
+        attention = self.hidden_size * (2 * heads + 2 * self.num_kv_heads * self.head_dim)
+        dense = self.num_layers - len(self.moe_layers)
+        mlp = dense * self.intermediate_size + len(self.moe_layers) * self.top_k * self.moe_intermediate_size
+        weights = self.num_layers * attention + 3 * self.hidden_size * mlp + self.hidden_size * self.vocab_size
+        return self.num_layers * heads / weights
+
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding in the learner: the vocabulary rounded up to a multiple of tp."""
         return -(-self.vocab_size // tp) * tp

@@ -76,12 +76,25 @@ def synchronize() -> None:
     _module().synchronize()
 
 
-def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows `ends[e-1]:ends[e]` of `x [rows, K]` times `weights[e].T`, `weights [E, N, K]`, `ends [E]` int32: `[rows, N]`.
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x [.., K] @ weight[N, K].T` by the fastest product of the device; differentiable."""
+    return _module().linear(x, weight)
 
-    The fastest grouped product of the device; differentiable in `x` and `weights`. A group may have no row.
+
+def gated_experts(
+    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    """`down(silu(gate x) * (up x) * prob)` for rows sorted by expert, the fastest way of the device; differentiable.
+
+    Rows `ends[e-1]:ends[e]` of `x [rows, H]` go through expert e: weight1 `[E, 2F, H]` (gate above up), weight2
+    `[E, H, F]`, ends `[E]` int32, probs `[rows]` in the dtype of `x`. Returns `[rows, H]`. An expert may have no row.
     """
-    return _module().grouped_mm(x, weights, ends)
+    return _module().gated_experts(x, weight1, weight2, ends, probs)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x) * weight` over the last dimension, `weight [H]`, in the dtype of both; differentiable."""
+    return _module().rms_norm(x, weight, eps)
 
 
 def block_bytes() -> int:

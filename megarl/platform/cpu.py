@@ -59,10 +59,26 @@ def synchronize() -> None:
     """Work is done when a call returns."""
 
 
-def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    from megarl.platform.cpu_products import GroupedProduct
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from megarl.platform import cpu_products
 
-    return GroupedProduct.apply(x, weights, ends)
+    if cpu_products.suits(x, weight):
+        return cpu_products.Linear.apply(x, weight)
+    return torch.nn.functional.linear(x, weight)
+
+
+def gated_experts(
+    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    from megarl.platform.cpu_products import GatedExperts
+
+    return GatedExperts.apply(x, weight1, weight2, ends, probs)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    from megarl.platform.cpu_norm import RMSNorm
+
+    return RMSNorm.apply(x, weight, eps)
 
 
 def empty_cache() -> None:

@@ -34,10 +34,20 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
-def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    if x.shape[0] == 0:  # no backward for zero rows, and every rank must still produce a gradient
-        return x @ weights.sum(0).t()
-    return torch.nn.functional.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def gated_experts(
+    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    from megarl.platform import cuda_experts
+
+    return cuda_experts.gated_experts(x, weight1, weight2, ends, probs)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 def empty_cache() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from megarl import platform
 
 
 def install() -> None:
     """Patch after `torch.cuda` is settled; imports megatron.core."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    import megatron.core.tensor_parallel.layers as layers
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -20,7 +26,19 @@ def install() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
+    layers.linear_with_grad_accumulation_and_async_allreduce = _by_platform(
+        layers.linear_with_grad_accumulation_and_async_allreduce
+    )
     token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
+    from megatron.core.transformer.moe import router
+
+    router.topk_routing_with_score_function = _in_float64(router.topk_routing_with_score_function)
+    import megatron.core.tensor_parallel.mappings as mappings
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    mappings._gather_along_first_dim = _gather_any(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_any(mappings._reduce_scatter_along_first_dim)
+    CheckpointWithoutOutput.__init__ = _say_fp8(CheckpointWithoutOutput.__init__)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
@@ -43,6 +61,19 @@ def _move_to_cpu(plain: Any) -> Any:
     return move
 
 
+def _by_platform(plain: Any) -> Any:
+    """Without communication a parallel linear is a plain one, for which the platform has the fastest product."""
+
+    @functools.wraps(plain)  # with the flag that it keeps on itself
+    def linear(input: Any, weight: Any, bias: Any, **how: Any) -> Any:
+        alone = not (how["gradient_accumulation_fusion"] or how["allreduce_dgrad"] or how["sequence_parallel"])
+        if alone and bias is None and how.get("grad_output_buffer") is None:
+            return platform.linear(input, weight)
+        return plain(input, weight, bias, **how)
+
+    return linear
+
+
 def _unless_sorted(plain: Any) -> Any:
     """Without expert parallelism the chunks are in order already, and Megatron copies every token four times a layer."""
 
@@ -52,6 +83,71 @@ def _unless_sorted(plain: Any) -> Any:
         return (tokens, probs) if order.in_order else plain(tokens, sizes, order, probs=probs, fused=fused)
 
     return sort
+
+
+def _in_float64(plain: Any) -> Any:
+    """The router's scores are float32 whatever `moe_router_dtype` says; float64 logits keep their precision."""
+
+    def route(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if logits.dtype is not torch.float64:
+            return plain(logits, *args, **kwargs)
+        with _NoFloat32():
+            return plain(logits, *args, **kwargs)
+
+    return route
+
+
+class _NoFloat32(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0]
+        wide = {"dtype": torch.float64} if function is torch.softmax else {}
+        return function(*args, **{**(kwargs or {}), **wide})
+
+
+def _is_gloo(group: Any, tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and dist.get_world_size(group) > 1
+
+
+def _gather_any(plain: Any) -> Any:
+    """gloo gathers equal sizes only; expert tensor parallelism gathers as many tokens as each rank has."""
+
+    def gather(
+        x: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or not _is_gloo(group, x):
+            return plain(x, group, output_split_sizes, use_global_buffer)
+        most = max(output_split_sizes)
+        padded = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
+        out = x.new_empty(len(output_split_sizes) * most, *x.shape[1:])
+        dist.all_gather_into_tensor(out, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(out.split(most), output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_any(plain: Any) -> Any:
+    """The backward of `_gather_any`: gloo scatters equal sizes only."""
+
+    def reduce_scatter(
+        x: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or not _is_gloo(group, x):
+            return plain(x, group, input_split_sizes, use_global_buffer)
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[dist.get_rank(group)].clone()
+
+    return reduce_scatter
+
+
+def _say_fp8(plain: Any) -> Any:
+    """Megatron takes `fp8=False`, its default, for true, and then asks Transformer Engine, which may not be there."""
+
+    def init(self: Any, fp8: Any = False) -> None:
+        plain(self, fp8 or None)
+
+    return init
 
 
 def _one_generator(record: logging.LogRecord) -> bool:

@@ -10,13 +10,14 @@ import contextlib
 import copy
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from megarl import platform
+from megarl.platform import vllm_cpu_parallel, vllm_direct
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -84,12 +85,41 @@ def install() -> None:
 
         # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported, which may be long ago
         torch._dynamo.config.disable = True
+        vllm_cpu_parallel.install()
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        RMSNorm.forward_cpu = _rms_norm
+
+
+def _rms_norm(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    """vLLM has kernels for it and uses them on GPUs; on a CPU it computes five to seven operators, four times a layer."""
+    if self.variance_size_override is not None or not self.has_weight:
+        return self.forward_native(x, residual)
+    if residual is not None:
+        torch.ops._C.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)  # both in place
+        return x, residual
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, self.weight.data, self.variance_epsilon)
+    return out
 
 
 def after_start(runner: Any) -> None:
     """Settle what needs the engine's model runner."""
+    _unlink_shared_memory()
     if platform.name() == "cpu":
         runner.sampler.topk_topp_sampler.forward = SeededSampler(runner)
+
+
+def _unlink_shared_memory() -> None:
+    """Take back the names of segments that all ranks have mapped by now: a job that is killed then leaves none behind."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.mq_broadcaster is not None and group.rank_in_group == 0:
+        group.mq_broadcaster.buffer.shared_memory.unlink()
+    if platform.name() == "cpu" and group.world_size > 1:
+        vllm_cpu_parallel.shared_memory_file(group.device_communicator).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -119,6 +149,27 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
         random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
         if device_state is not None:
             torch.cuda.set_rng_state(device_state)
+
+
+def direct_layers(model: torch.nn.Module, tensor_parallel: int) -> dict[str, vllm_direct.Layer] | None:
+    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`."""
+    return vllm_direct.layers(model) if platform.name() == "cpu" and tensor_parallel == 1 else None
+
+
+def load_weights(runner: Any, direct: dict[str, vllm_direct.Layer] | None, tensors: Iterable) -> None:
+    """Replace the weights by a stream of Hugging Face tensors, each of which is copied before the next is asked for."""
+    model = runner.get_model()
+    if direct is None:
+        with reloading(model):
+            runner.reload_weights(weights_iterator=_copies(tensors))
+    else:
+        vllm_direct.load(direct, tensors)
+        _pack_tied_output(model)
+
+
+def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor.detach().clone()
 
 
 @contextlib.contextmanager

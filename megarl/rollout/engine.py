@@ -29,11 +29,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """Which ranks form an engine: `tensor_parallel` consecutive ranks, `count` engines in the world."""
+    """Which ranks sample the same prompts: the `tensor_parallel` consecutive ranks of each of `count` replicas."""
 
     tensor_parallel: int
     count: int
-    index: int  # of this rank's engine
+    index: int  # of this rank's replica
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ def sample_seed(run_seed: int, prompt_id: str, sample_index: int, round_id: int)
 
 
 class Engine(Protocol):
-    """One rollout engine, seen from one of its ranks. All ranks of an engine make the same calls in the same order."""
+    """One rollout engine, seen from one of its ranks. All ranks of an engine make the same calls in the same order.
+
+    The prompts of a call are its replica's, and may be none."""
 
     policy_version: int  # optimizer steps in the weights it holds
     layout: EngineLayout
     capabilities: Capabilities
 
     def generate(self, prompts: list[Prompt], sampling: Sampling, round_id: int) -> list[PromptGroup]:
-        """Sample every prompt, in order. The prompts are this engine's share; `round_id` enters the seeds."""
+        """Sample every prompt, in order. The prompts are this replica's share; `round_id` enters the seeds."""
         ...
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:

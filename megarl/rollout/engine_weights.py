@@ -75,7 +75,7 @@ def compare_weights(model: nn.Module, vllm_config: Any, stream: Iterable[tuple[s
             has_output = has_output or OUTPUT in block
             experts = {name: tensor for name, tensor in block.items() if EXPERT.match(name)}
             gaps += [_compare(model, name, tensor) for name, tensor in block.items() if name not in experts]
-            gaps += _compare_experts(model, experts) if experts else []
+            gaps += _compare_experts(model, vllm_config, experts) if experts else []
         if embedding is not None and not has_output:  # tied: the engine may hold a packed copy
             gaps.append(_compare(model, OUTPUT, embedding))
     return gaps
@@ -140,7 +140,7 @@ def _column_part(layer: nn.Module, expected: Tensor, part: int) -> Tensor:
     return rows
 
 
-def _compare_experts(model: nn.Module, expected: dict[str, Tensor]) -> list[WeightGap]:
+def _compare_experts(model: nn.Module, vllm_config: Any, expected: dict[str, Tensor]) -> list[WeightGap]:
     """All experts of one layer, by their outputs; where these differ, the matrices that explain it are named."""
     table: dict[int, dict[str, Tensor]] = {}
     for name, tensor in expected.items():
@@ -151,7 +151,7 @@ def _compare_experts(model: nn.Module, expected: dict[str, Tensor]) -> list[Weig
     base = WeightGap("experts.gate_proj/up_proj/down_proj", layer_of(name), 0.0, False)
     largest, wrong = 0.0, {}
     for index, matrices in table.items():
-        expert = _Expert(module, index, matrices)
+        expert = _Expert(module, vllm_config, index, matrices)
         gap = expert.gap(PROBES)
         largest = max(largest, gap) if gap == gap else gap
         if not gap <= expert.tolerance:
@@ -167,8 +167,9 @@ def _compare_experts(model: nn.Module, expected: dict[str, Tensor]) -> list[Weig
 class _Expert:
     """One expert, down(silu(gate x) * (up x)), as the engine computes it and as the learner's matrices say."""
 
-    def __init__(self, module: nn.Module, index: int, matrices: dict[str, Tensor]) -> None:
-        self.module, self.index, self.dtype = module, index, matrices["down_proj"].dtype
+    def __init__(self, module: nn.Module, vllm_config: Any, index: int, matrices: dict[str, Tensor]) -> None:
+        self.module, self.vllm_config, self.index = module, vllm_config, index
+        self.dtype = matrices["down_proj"].dtype
         self.gate, self.up, self.down = (matrices[k].double() for k in ("gate_proj", "up_proj", "down_proj"))
         self.tolerance = EXPERT_TOLERANCE[self.dtype]
 
@@ -181,12 +182,19 @@ class _Expert:
     def outputs(self, x: Tensor) -> Tensor:
         """The engine's [count, H] float64, with all tokens routed to this expert alone."""
         from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+        from vllm.forward_context import get_forward_context, set_forward_context
 
         ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
         chosen = torch.full((x.shape[0], 1), self.index, dtype=torch.int32, device=x.device)
-        out = self.module.quant_method.apply(
-            layer=self.module, x=x, topk_weights=ones, topk_ids=chosen, shared_experts=None, shared_experts_input=None
-        )
+        routing = dict(topk_weights=ones, topk_ids=chosen, shared_experts=None, shared_experts_input=None)
+        apply, config = self.module.quant_method.apply, self.module.moe_config
+        if config.dp_size > 1:  # every rank hands in the same x, and gets its rows back complete
+            with (
+                set_forward_context(None, self.vllm_config, num_tokens=len(x) * config.sp_size),
+                get_forward_context().dp_metadata.sp_local_sizes(config.sp_size),
+            ):
+                return apply(layer=self.module, x=x, **routing).double()
+        out = apply(layer=self.module, x=x, **routing)
         return (tensor_model_parallel_all_reduce(out) if get_tensor_model_parallel_world_size() > 1 else out).double()
 
     def gap(self, count: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,14 @@ class Response:
 
 
 class VLLMEngine:
-    """An `Engine` on the ranks of `mesh`: every `tensor_parallel` consecutive ranks hold one vLLM engine.
+    """An `Engine` on the ranks of `mesh`: every `tensor_parallel` consecutive ranks hold one replica of the model.
+
+    `data_parallel` consecutive replicas are one vLLM engine: each samples prompts of its own, but they share their
+    experts, so all of them step together, those without a prompt left too. Every rank makes the same calls.
 
     `model_path` is a Hugging Face checkpoint. With `load=False` only its config and tokenizer are read and the weights
     stay random until the first `load_weights`. torch.distributed must be initialised.
-    Raises BadInput when the world does not divide by `tensor_parallel` or the checkpoint cannot be served.
+    Raises BadInput when the world does not divide by an engine's ranks or the checkpoint cannot be served.
     """
 
     def __init__(
@@ -53,19 +56,21 @@ class VLLMEngine:
         mesh: Mesh,
         load: bool = True,
     ) -> None:
-        degree = rollout_cfg.tensor_parallel
-        if mesh.world_size % degree:
+        degree, ranks = rollout_cfg.tensor_parallel, rollout_cfg.tensor_parallel * rollout_cfg.data_parallel
+        if mesh.world_size % ranks:
             raise BadInput(
-                f"rollout.tensor_parallel={degree} does not divide the world size {mesh.world_size}: set a divisor of it"
+                f"rollout.tensor_parallel={degree} x data_parallel={rollout_cfg.data_parallel} does not divide the world "
+                f"size {mesh.world_size}: set divisors of it"
             )
         self.seed, self.policy_version, self.config = seed, 0, rollout_cfg
         self.layout = EngineLayout(degree, mesh.world_size // degree, mesh.rank // degree)
         self.capabilities = Capabilities(sleep=vllm_patches.can_sleep(), routed_experts=rollout_cfg.routed_experts)
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
-        with vllm_patches.starting(mesh.rank, mesh.local_rank):
+        with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
             self._llm = self._start(model_path, dtype, load)
         vllm_patches.after_start(self._runner)
+        self._direct = vllm_patches.direct_layers(self.model, degree)
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)
@@ -86,6 +91,8 @@ class VLLMEngine:
                 dtype=dtype,
                 seed=self.seed,
                 tensor_parallel_size=cfg.tensor_parallel,
+                data_parallel_size=cfg.data_parallel,
+                enable_expert_parallel=cfg.expert_parallel,
                 distributed_executor_backend="external_launcher",
                 load_format="auto" if load else "dummy",
                 max_model_len=cfg.max_context,
@@ -164,7 +171,10 @@ class VLLMEngine:
                 core.add_request(EngineCoreRequest(name, list(tokens), None, params, None, 0.0, None, None, None))
                 running[name] = Response()
                 responses.append(running[name])
-            while running:
+            while self._any_replica(bool(running)):
+                if not running:
+                    core.execute_dummy_batch()  # for the experts that this replica holds for the others
+                    continue
                 for output in core.get_output().outputs:
                     _extend(running[output.request_id], output)
                     if output.finished:
@@ -172,6 +182,13 @@ class VLLMEngine:
         finally:
             core.abort_requests(list(running))  # of a call that was interrupted
         return responses
+
+    def _any_replica(self, flag: bool) -> bool:
+        """Whether any replica of this engine says true; collective over its ranks, once before every step."""
+        if self.config.data_parallel == 1:
+            return flag
+        engine = self._llm.llm_engine
+        return engine.vllm_config.parallel_config.has_unfinished_dp(engine.dp_group, flag)
 
     def _trajectory(self, group_id: str, index: int, prompt: Prompt, response: Response, text: str) -> Trajectory:
         tokens = response.token_ids
@@ -220,8 +237,7 @@ class VLLMEngine:
         live until their layer is complete. Raises RunFailed when vLLM refuses a tensor.
         """
         try:
-            with vllm_patches.reloading(self.model):
-                self._runner.reload_weights(weights_iterator=_copies(tensors))
+            vllm_patches.load_weights(self._runner, self._direct, tensors)
         except (ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise RunFailed(f"weight sync: vLLM refused the learner's weights: {_one_line(error)}") from error
         self.reset_prefix_cache()
@@ -289,11 +305,6 @@ def _tokenizer(model_path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
-
-
-def _copies(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.detach().clone()
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.platform.signals import StopSignal
 from megarl.trainers.display import Display, Phases
+from megarl.types import MicroBatch
 
 
 class Clock:
@@ -186,9 +187,10 @@ def memory_metrics() -> dict[str, Metric]:
     return out
 
 
-def pad_multiple(mesh: Mesh) -> int:
-    """Tokens of a packed row come in multiples of this: sequence parallelism splits it over tp, context over 2 cp."""
-    return mesh.tp * (2 * mesh.cp if mesh.cp > 1 else 1)
+def learner_tokens(micro_batches: list[MicroBatch], mesh: Mesh) -> float:
+    """Rows of all ranks' micro-batches, padding included, each counted once. Collective."""
+    counts = mesh.all_gather_object(sum(micro.tokens.numel() for micro in micro_batches))
+    return sum(counts) / (mesh.tp * mesh.pp)  # ranks that compute the same rows
 
 
 def finish_export(policy: Policy, folder: Path, cfg: Config, extra_from: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megarl.errors import BadInput
 from megarl.types import Batch, MicroBatch
 
-PACKING = ("tokens", "position_ids", "cu_seqlens", "sequence_ids")
+PACKING = ("tokens", "position_ids", "cu_seqlens", "targets", "last_rows")
 
 
 def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:

@@ -17,7 +17,7 @@ from megarl.errors import BadInput
 from megarl.learner.policy import Policy
 from megarl.metrics import Mean, Metric, merge, reduce_metrics
 from megarl.parallel import Mesh
-from megarl.trainers.common import Loop, check_applied, finish_export, memory_metrics, pad_multiple, start_path
+from megarl.trainers.common import Loop, check_applied, finish_export, learner_tokens, memory_metrics, start_path
 from megarl.trainers.display import task
 from megarl.types import Batch, MicroBatch, SequenceShards
 
@@ -93,21 +93,11 @@ class RewardModelTrainer:
         seconds = phases.seconds("update")
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object)
-        tokens = sum(sum(g) for g in self.mesh.all_gather_object([m.tokens.numel() for m in packed]))
-        copies = self.mesh.tp * self.mesh.pp * self.mesh.cp  # ranks that share one data-parallel share
-        reduced["throughput/learner_tokens_per_second"] = tokens / copies / max(seconds, 1e-9)
+        reduced["throughput/learner_tokens_per_second"] = learner_tokens(packed, self.mesh) / max(seconds, 1e-9)
         return reduced
 
     def _pack(self, batch: Batch) -> list[MicroBatch]:
-        mesh = self.mesh
-        return pair_micro_batches(
-            batch,
-            self.cfg.reward_model.micro_batch_tokens,
-            mesh.dp_rank,
-            mesh.dp,
-            pad_multiple(mesh),
-            count_multiple=mesh.pp if mesh.vpp else 1,
-        )
+        return pair_micro_batches(batch, self.cfg.reward_model.micro_batch_tokens, self.policy.layout)
 
     def _validate(self) -> dict[str, Metric]:
         """Loss and accuracy over all validation pairs."""
@@ -120,8 +110,9 @@ class RewardModelTrainer:
 
     def _check_data(self, data: PairData) -> None:
         """Every pair fits a micro-batch, and transformers will read the scores at the tokens they are trained at."""
-        own, multiple = self.cfg.reward_model, pad_multiple(self.mesh)
-        needed = -(-data.longest // multiple) * multiple
+        own, layout = self.cfg.reward_model, self.policy.layout
+        # both sides are padded on their own
+        needed = -(-(data.longest + 2 * (layout.document_multiple - 1)) // layout.multiple) * layout.multiple
         if needed > own.micro_batch_tokens:
             raise BadInput(
                 f"reward_model.micro_batch_tokens = {own.micro_batch_tokens}: both sides of a pair have up to "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl import algorithms, launcher
-from megarl.algorithms import LossInputs, effective_sample_size, explained_variance, policy_loss, value_loss
+from megarl.algorithms import effective_sample_size, explained_variance
 from megarl.config.schema import Config
 from megarl.convert import stream_hf
 from megarl.data import PromptSource, load_tokenizer, micro_batches
@@ -19,7 +19,7 @@ from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy, StepResult
 from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
-from megarl.parallel import Mesh
+from megarl.parallel import GroupSum, Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
@@ -31,13 +31,13 @@ from megarl.trainers.common import (
     check_applied,
     finish_export,
     memory_metrics,
-    pad_multiple,
     start_path,
 )
 from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
 from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
+from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
@@ -217,8 +217,8 @@ class RLTrainer:
             for micro in packed:
                 for one, log_probs in zip(micro, self.policy.log_probs(micro)[0], strict=False):
                     one.batch.old_log_probs = log_probs
-                    if self.mesh.tp_rank == 0:
-                        merge(metrics, engine_gap(one.batch, log_probs))
+                    if self.mesh.reports:
+                        merge(metrics, engine_gap(one.local_batch(), log_probs[one.owned]))
         if self.reference is not None:
             model, parked = self.reference
             with parked.on_device():
@@ -239,13 +239,12 @@ class RLTrainer:
         What the passes found is gathered first when it has a say: each rank knows it for its own micro-batches only.
         """
         mine = [micro for part in packed for micro in part]
-        one_copy = self.mesh.is_last_stage and self.mesh.tp_rank == 0
         if self.algorithm.needs_old_log_probs or self.critic is not None:
-            ranks = self.mesh.all_gather_object(rl_batch.recorded(mine) if one_copy else [])
+            ranks = self.mesh.all_gather_object(rl_batch.recorded(mine) if self.mesh.reports else [])
             batch = rl_batch.with_recorded(batch, (item for rank in ranks for item in rank))
         batch, metrics = rl_batch.with_decisions(batch, parts, self.algorithm)
         rl_batch.decide(mine, batch)
-        gap = rl_batch.mismatch_metrics(mine, self.algorithm) if one_copy else {}
+        gap = rl_batch.mismatch_metrics(mine, self.algorithm, GroupSum(self.mesh.cp_group)) if self.mesh.reports else {}
         return batch, (metrics if self.mesh.is_main else {}) | gap
 
     def _update(self, micro: list[MicroBatch], number: int) -> dict[str, Metric]:
@@ -270,27 +269,11 @@ class RLTrainer:
 
     def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the step's loss, and its metrics."""
-        inputs = LossInputs(
-            log_probs=log_probs,
-            advantages=batch.advantages,
-            token_weights=batch.token_weights,
-            mask=batch.response_mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs,
-            rollout_log_probs=batch.rollout_log_probs,
-            mismatch_weights=batch.mismatch_weights,
-            entropy=entropy,
-        )
-        loss, metrics = policy_loss(self.algorithm, inputs, shards)
-        if batch.old_log_probs is None:
-            metrics |= engine_gap(batch, log_probs.detach())
-        return loss, metrics
+        return rl_loss(self.algorithm, batch, log_probs, entropy, shards)
 
     def critic_loss(self, batch: Batch, values: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the critic's loss, and its metrics."""
-        return value_loss(
-            self.algorithm.value, values, batch.values, batch.returns, batch.token_weights, batch.response_mask
-        )
+        return critic_loss(self.algorithm, batch, values, shards)
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
@@ -359,15 +342,7 @@ class RLTrainer:
         return reduced
 
     def _pack(self, batch: Batch) -> list[MicroBatch]:
-        mesh = self.mesh
-        return micro_batches(
-            batch,
-            self.cfg.rl.micro_batch_tokens,
-            mesh.dp_rank,
-            mesh.dp,
-            pad_multiple(mesh),
-            count_multiple=mesh.pp if mesh.vpp else 1,
-        )
+        return micro_batches(batch, self.cfg.rl.micro_batch_tokens, self.policy.layout)
 
     def _warmup_steps(self) -> int:
         """Rollout steps in which only the critic is trained."""
@@ -392,12 +367,3 @@ class RLTrainer:
         path, cfg = self.cfg.rl.reference or self.start_path, self.cfg
         model = Policy.from_hf(path, cfg, self.mesh, role="reference", temperature=cfg.rollout.temperature)
         return model, HostParked(model.modules)
-
-
-def engine_gap(batch: Batch, log_probs: Tensor) -> dict[str, Metric]:
-    """|learner - engine| log-prob of the sampled tokens, in nats: the mismatch the update works with."""
-    gap = (log_probs - batch.rollout_log_probs).abs()
-    return {
-        "gap/logprob_mean": Mean.of(gap, batch.response_mask),
-        "gap/logprob_max": Max.of(gap, batch.response_mask),
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -52,25 +52,29 @@ def split(batch: Batch, parts: int, seed: int) -> list[Batch]:
     return [batch.select(part.tolist()) for part in np.array_split(order, min(parts, len(batch)))]
 
 
-def recorded(micro_batches: Iterable[MicroBatch]) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """What this rank's passes found out: (sequence_index, the fields of `RECORDED` that are there) per micro-batch."""
+Record = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def recorded(micro_batches: Iterable[MicroBatch]) -> list[Record]:
+    """What this rank's passes found out, per micro-batch: (sequence_index, owned tokens, the fields of `RECORDED`)."""
     out = []
     for micro in micro_batches:
         fields = {name: getattr(micro.batch, name) for name in RECORDED}
-        out.append((micro.batch.sequence_index, {name: x for name, x in fields.items() if x is not None}))
+        found = {name: x[micro.owned] for name, x in fields.items() if x is not None}
+        out.append((micro.batch.sequence_index, micro.owned, found))
     return out
 
 
-def with_recorded(batch: Batch, found: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> Batch:
-    """The whole batch with the records of every rank at their sequences."""
+def with_recorded(batch: Batch, found: Iterable[Record]) -> Batch:
+    """The whole batch with the records of every rank at their tokens."""
     offsets = batch.offsets()
     fields: dict[str, torch.Tensor] = {}
-    for sequences, records in found:
+    for sequences, owned, records in found:
         pieces = [torch.arange(offsets[s], offsets[s + 1]) for s in sequences.tolist()]
         for name, values in records.items():
             whole = fields.setdefault(name, torch.zeros(len(batch.tokens), dtype=values.dtype))
             if pieces:
-                whole[torch.cat(pieces)] = values
+                whole[torch.cat(pieces)[owned]] = values
     return batch.replace(**fields)
 
 
@@ -113,11 +117,16 @@ def with_decisions(batch: Batch, parts: Sequence[Batch], algorithm: Algorithm) -
     return batch.replace(token_weights=weights, **changes), metrics
 
 
-def mismatch_metrics(micro_batches: Iterable[MicroBatch], algorithm: Algorithm) -> dict[str, Metric]:
-    """The gap between engine and learner on a rank's own micro-batches that have old log-probs, before any rejection."""
+def mismatch_metrics(
+    micro_batches: Iterable[MicroBatch], algorithm: Algorithm, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, Metric]:
+    """The gap between engine and learner on a rank's own tokens that have old log-probs, before any rejection.
+
+    `reduce` sums over the ranks that share the sequences (see `SequenceShards`).
+    """
     metrics: dict[str, Metric] = {}
-    for own in (micro.batch for micro in micro_batches if micro.batch.old_log_probs is not None):
-        shards = SequenceShards(own.sequence_ids(), len(own))
+    for own in (micro.local_batch() for micro in micro_batches if micro.batch.old_log_probs is not None):
+        shards = SequenceShards(own.sequence_ids(), len(own), reduce)
         found = mismatch_weights(
             algorithm.correction, algorithm.veto, own.old_log_probs, own.rollout_log_probs, own.response_mask, shards
         )

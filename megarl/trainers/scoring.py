@@ -11,14 +11,13 @@ import torch
 
 from megarl.config.schema import Config
 from megarl.convert import read_spec
-from megarl.data import load_tokenizer, pack, plan_micro_batches
+from megarl.data import load_tokenizer, micro_batches
 from megarl.errors import BadInput
 from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy
 from megarl.metrics import Mean, Metric
 from megarl.parallel import Mesh
 from megarl.rewards import MODEL, WEIGHTED, RewardRunner, ScoreResult, all_rewards, parts
-from megarl.trainers.common import pad_multiple
 from megarl.types import Batch, PromptGroup
 
 
@@ -55,14 +54,17 @@ class ModelReward:
 
     def _score(self, sequences: list[list[int]], indices: list[int]) -> dict[int, float]:
         """Index -> score, the same on every rank."""
-        mesh, multiple = self.mesh, pad_multiple(self.mesh)
+        mesh = self.mesh
         lengths = [len(sequence) for sequence in sequences]
         tokens = torch.tensor(list(itertools.chain.from_iterable(sequences)))
-        batch = Batch(tokens, torch.tensor(lengths), torch.ones(len(tokens)))
-        stages = mesh.pp if mesh.vpp else 1
-        plan = plan_micro_batches(lengths, self.token_budget, mesh.dp, multiple, count_multiple=stages)[mesh.dp_rank]
-        scores = self.policy.scores([pack(batch, chosen, multiple) for chosen in plan])
-        mine = {indices[i]: x for chosen, out in zip(plan, scores) for i, x in zip(chosen, out.tolist(), strict=True)}
+        batch = Batch(tokens, torch.tensor(lengths), torch.ones(len(tokens)), sequence_index=torch.tensor(indices))
+        packed = micro_batches(batch, self.token_budget, self.policy.layout)
+        scores = self.policy.scores(packed)
+        mine = {
+            index: x
+            for micro, out in zip(packed, scores)
+            for index, x in zip(micro.batch.sequence_index.tolist(), out.tolist(), strict=True)
+        }
         return {index: x for rank in mesh.all_gather_object(mine) for index, x in rank.items()}
 
 

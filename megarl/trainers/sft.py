@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from megarl import launcher
 from megarl.config.schema import Config
@@ -14,9 +10,17 @@ from megarl.data import SFTData, load_eval_prompts, load_tokenizer, micro_batche
 from megarl.learner.policy import Policy
 from megarl.metrics import Mean, Metric, reduce_metrics
 from megarl.parallel import Mesh
-from megarl.trainers.common import Loop, check_applied, finish_export, memory_metrics, pad_multiple, starting_checkpoint
+from megarl.trainers.common import (
+    Loop,
+    check_applied,
+    finish_export,
+    learner_tokens,
+    memory_metrics,
+    starting_checkpoint,
+)
 from megarl.trainers.display import task
-from megarl.types import Batch, MicroBatch, SequenceShards
+from megarl.trainers.losses import token_mean_loss
+from megarl.types import Batch, MicroBatch
 
 # the learner's names -> the names of an SFT run
 RENAMED = {"policy/grad_norm": "sft/grad_norm", "policy/lr": "sft/lr", "policy/grad_norm_max": "sft/grad_norm_max"}
@@ -32,13 +36,6 @@ def run(cfg: Config) -> None:
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, cfg.model.path)
     finally:
         trainer.loop.close()
-
-
-def token_mean_loss(batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
-    """Cross-entropy with the batch's global token weights."""
-    chosen = torch.where(batch.response_mask > 0, log_probs, 0.0)
-    loss = -(batch.token_weights * chosen).sum()
-    return loss, {"sft/loss": Mean(-chosen.detach().double().sum(), batch.response_mask.double().sum())}
 
 
 class LossTarget:
@@ -107,21 +104,12 @@ class SFTTrainer:
         seconds = phases.seconds("update")
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object)
-        tokens = sum(sum(g) for g in self.mesh.all_gather_object([m.tokens.numel() for m in packed]))
-        copies = self.mesh.tp * self.mesh.pp * self.mesh.cp  # ranks that share one data-parallel share
-        reduced["throughput/learner_tokens_per_second"] = tokens / copies / max(seconds, 1e-9)
+        reduced["throughput/learner_tokens_per_second"] = learner_tokens(packed, self.mesh) / max(seconds, 1e-9)
         return reduced
 
     def _pack(self, batch: Batch) -> list[MicroBatch]:
         batch = batch.replace(token_weights=batch.response_mask / batch.response_mask.sum().clamp(min=1))
-        return micro_batches(
-            batch,
-            self.cfg.sft.micro_batch_tokens,
-            self.mesh.dp_rank,
-            self.mesh.dp,
-            pad_multiple(self.mesh),
-            count_multiple=self.mesh.pp if self.mesh.vpp else 1,
-        )
+        return micro_batches(batch, self.cfg.sft.micro_batch_tokens, self.policy.layout)
 
     def _validate(self) -> dict[str, Metric]:
         total: Metric | None = None

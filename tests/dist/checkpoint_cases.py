@@ -21,7 +21,7 @@ def two_steps_each_side(path: str, folder: str, parallel: dict[str, Any], resume
     policy = Policy.from_hf(path, cfg, mesh, optimizer=settings, total_steps=10)
     checkpointer = Checkpointer(Path(folder), mesh, keep=2)
     checkpointer.register("policy", policy)
-    packed = micro_batches(fixed_batch(), 400, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+    packed = micro_batches(fixed_batch(), 400, policy.layout)
     if resume:
         assert checkpointer.load_latest() == 2 and policy.updates == 2
     else:

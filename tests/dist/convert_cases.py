@@ -26,8 +26,9 @@ def build(path: str, **degrees):
     from megarl.models.build import build_model
 
     spec = read_spec(path)
-    mesh = Mesh.build(Parallel(**degrees))
-    chunks = build_model(spec, Model(path=path), mesh)
+    parallel = Parallel(**degrees)
+    mesh = Mesh.build(parallel)
+    chunks = build_model(spec, Model(path=path), mesh, parallel)
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))  # what load_hf leaves out is seen

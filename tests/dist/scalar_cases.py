@@ -70,7 +70,7 @@ def train(path: str, parallel: dict[str, Any], budget: int, role: str, folder: s
     cfg = Config(model=Model(path=path), parallel=Parallel(**parallel))
     mesh = Mesh.build(cfg.parallel)
     policy = Policy.from_hf(path, cfg, mesh, role=role, optimizer=OPTIMIZER, total_steps=10)
-    packed = micro_batches(with_index(fixed_batch()), budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+    packed = micro_batches(with_index(fixed_batch()), budget, policy.layout)
     loss, read = (value_loss, policy.values) if role == "critic" else (score_loss, policy.scores)
     outputs, steps = [collect(mesh, packed, read(packed), role == "critic")], []
     for _ in range(STEPS):
@@ -115,7 +115,7 @@ def critic_on_a_fixed_batch(path: str) -> list[float]:
     mesh = Mesh.build(cfg.parallel)
     critic = Policy.from_hf(path, cfg, mesh, role="critic", optimizer=Optimizer(lr=3e-3), total_steps=100)
     batch = fixed_batch()
-    packed = micro_batches(batch.replace(returns=targets(batch)), 90, mesh.dp_rank, mesh.dp)
+    packed = micro_batches(batch.replace(returns=targets(batch)), 90, critic.layout)
     losses = []
     for _ in range(12):
         for micro, values in zip(packed, critic.values(packed), strict=True):

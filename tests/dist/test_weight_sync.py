@@ -94,13 +94,22 @@ def test_a_stream_that_skips_a_layer_is_refused(ranks):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(tp=2, tensor_parallel=2), dict(pp=2, dtype="bfloat16")],
-    ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
+    [
+        dict(tp=2, rollout=dict(tensor_parallel=2)),
+        dict(pp=2, dtype="bfloat16"),
+        dict(ep=2, rollout=dict(tensor_parallel=2, expert_parallel=True)),
+        dict(tp=2, rollout=dict(data_parallel=2, expert_parallel=True)),
+    ],
+    ids=["tensor", "bfloat16", "experts", "lock-step"],
 )
 def test_other_layouts(path, settings):
     for rank in run_ranks(SYNC, 2, path, timeout=300, **settings):
         assert rank["synced"][0] <= (5e-2 if settings.get("dtype") == "bfloat16" else 1e-5)
+        assert 0 < rank["peak_copies"] <= 2 * rank["largest_layer"]
         assert "experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)" in rank["swapped"]
+        if "dtype" not in settings:
+            assert rank["mended"] == rank["synced"]
+            assert "experts.down_proj in layer 1 (experts 0, 7)" in rank["swapped_down"]
 
 
 def test_a_tied_output_layer_follows_the_embedding(tmp_path):

@@ -127,10 +127,14 @@ def patches(path: str) -> dict:
 
     import vllm.envs
     import vllm.utils.network_utils
+    from vllm.distributed.device_communicators import cpu_communicator
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.usage import usage_lib
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    kernel = inspect.getsource(cpu_moe.CPUUnquantizedExperts).partition("def apply(")[2]
+    shared_name = inspect.getsource(cpu_communicator._CPUSHMDistributed).partition("def make_group_name(")[2]
     plain = {key: os.environ.pop(key) for key in vllm_patches.environment()}
     defaults = {
         key: str(vllm.envs.environment_variables[key]()) for key in plain if key in vllm.envs.environment_variables
@@ -147,8 +151,10 @@ def patches(path: str) -> dict:
     synced = differing(weights)
     engine._runner.reload_weights(weights_iterator=iter(other.items()))
     unpatched = differing(other)
-    engine.load_weights(other.items(), 2)
+    vllm_patches.load_weights(engine._runner, None, other.items())
     patched = differing(other)
+    engine.load_weights(weights.items(), 2)
+    direct = differing(weights)
     engine.load_weights(((n, t) for n, t in weights.items() if "layers.1." not in n), 3)
     partly = engine.score([[5, 6, 7]])[0].tolist()
     return {
@@ -162,11 +168,18 @@ def patches(path: str) -> dict:
         "ip": vllm.utils.network_utils.get_ip(),
         "compiles": "@torch.compile" in inspect.getsource(topk_topp_sampler),
         "rewinds": ".set_offset(" in inspect.getsource(GPUModelRunner._bookkeeping_sync),
+        "uses_expert_map": kernel.count("expert_map") > 1,  # more than as a parameter
+        "gathers_uneven": "def all_gatherv" in inspect.getsource(cpu_communicator.CpuCommunicator),
+        "names_the_job": "MASTER_PORT" in shared_name.partition("    def ")[0],
         "dynamo_disabled": torch._dynamo.config.disable,
         "dynamo_frames": int(torch._dynamo.utils.counters["frames"]["total"]),
         "synced": synced,
         "unpatched": unpatched,
         "patched": patched,
+        "direct": direct,
+        "places": sorted(engine._direct) == sorted(weights),
+        "refusals": [_refusal(engine, tensors) for tensors in _bad_streams(weights)],
+        "norms": _norms(),
         "partly": partly,
     }
 
@@ -190,17 +203,16 @@ def _process_state() -> dict:
     }
 
 
-def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees) -> dict:
+def sync(path: str, dtype: str = "float32", rollout: dict[str, Any] = {}, **degrees) -> dict:
     """Syncs a learner into an engine started without weights, whole and then broken in several ways."""
     platform.setup()
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
-    from megarl.rollout import vllm_engine
     from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
-    engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, tensor_parallel=tensor_parallel)
+    engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
     policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=dtype), parallel=parallel), mesh)
     spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)
@@ -217,7 +229,7 @@ def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees)
         return [gap.mean, gap.max]
 
     out: dict[str, Any] = {"unsynced": check()}
-    live = _LiveBytes(vllm_engine)
+    live = _LiveBytes(engine)
     report = sync_weights(plan, policy.modules, spec, mesh, engine, policy_version=5)
     out |= {"bytes": report.bytes, "seconds": report.seconds, "version": engine.policy_version, "synced": check()}
     out |= {"peak_copies": live.peak, "largest_layer": plan.largest_layer_bytes}
@@ -244,6 +256,38 @@ def sync(path: str, dtype: str = "float32", tensor_parallel: int = 1, **degrees)
     except RunFailed as error:
         out["short_stream"] = str(error)
     return out
+
+
+def _bad_streams(weights: dict) -> list[dict]:
+    query = "model.layers.0.self_attn.q_proj.weight"
+    return [{"model.layers.0.bias": weights[query]}, {query: weights[query][1:]}, {query: weights[query]}]
+
+
+def _refusal(engine, tensors: dict) -> str:
+    try:
+        engine.load_weights(tensors.items(), 9)
+    except RunFailed as error:
+        return str(error)
+    return "accepted"
+
+
+def _norms() -> dict:
+    """vLLM's norm as patched and as it comes, on strided and plain inputs."""
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    norm = RMSNorm.__new__(RMSNorm)
+    torch.nn.Module.__init__(norm)
+    norm.weight, norm.variance_epsilon, norm.variance_size_override = torch.nn.Parameter(torch.randn(8)), 1e-6, None
+    norm.has_weight = norm.pass_weight = norm.pass_weight_add = True
+    x, residual = torch.randn(5, 4, 8)[:, :3], torch.randn(5, 24).view(5, 3, 8)
+    plain, added = x.contiguous(), x + residual
+    gaps = [norm.forward_cpu(x) - norm.forward_native(x)]
+    gaps += [a - b for a, b in zip(norm.forward_cpu(plain, residual), (norm.forward_native(added), added))]
+    return {
+        "is_native": "forward_native" in inspect.getsource(CustomOp.forward_cpu),
+        "gap": float(torch.cat(gaps).abs().max()),
+    }
 
 
 def sync_twice(path: str, **degrees) -> dict:
@@ -306,14 +350,16 @@ BROKEN = {"swapped": _swap_experts, "swapped_down": _swap_down, "layer": _skip_l
 
 
 class _LiveBytes:
-    """Counts the bytes of the copies the engine holds during a load."""
+    """Counts the bytes of what the engine holds beside its weights during a load: copies, or layers not yet taken over."""
 
-    def __init__(self, module) -> None:
+    def __init__(self, engine) -> None:
+        from megarl.platform import vllm_direct, vllm_patches
+
         self.now = self.peak = 0
-        plain = module._copies
+        plain_copies, plain_take = vllm_patches._copies, vllm_direct.Experts.take
 
         def counted(tensors):
-            for name, tensor in plain(tensors):
+            for name, tensor in plain_copies(tensors):
                 size = tensor.numel() * tensor.element_size()
                 self.now += size
                 self.peak = max(self.peak, self.now)
@@ -321,7 +367,13 @@ class _LiveBytes:
                 yield name, tensor
                 del tensor
 
-        module._copies = counted
+        def take(layer):
+            held = [x.weight for x in set(engine._direct.values()) if getattr(x, "weight", None) is not None]
+            held += [w for x in set(engine._direct.values()) for w in getattr(x, "weights", None) or ()]
+            self.peak = max(self.peak, sum(t.numel() * t.element_size() for t in held))
+            plain_take(layer)
+
+        vllm_patches._copies, vllm_direct.Experts.take = counted, take
 
     def _freed(self, size: int) -> None:
         self.now -= size

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from megarl.config import (
     Config,
-    Parallel,
     Section,
     check_config,
     check_world,
@@ -72,15 +71,17 @@ def refused(path: Path, *overrides: str, require=None) -> str:
         ("rl.algorithm.veto=1", ["rl.algorithm.veto = 1", "less than 1"]),
         ("rl.algorithm.fixed_length=0", ["rl.algorithm.fixed_length = 0", "greater than 0"]),
         ("sft=off", ["sft = false", "none", "YAML reads off"]),
-        ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "set 2"]),
-        ("parallel.tp=4", ["parallel.tp = 4", "2 key/value heads", "set 2"]),
-        ("parallel.ep=3", ["parallel.ep = 3", "8 experts", "set 2"]),
-        ("parallel.etp=3", ["parallel.etp = 3", "64 expert", "set 2"]),
-        ("parallel.pp=3", ["parallel.pp = 3", "4 layers"]),
-        ("parallel.vpp=2", ["parallel.vpp = 2", "parallel.pp above 1"]),
-        ("parallel.cp=2", ["parallel.cp = 2", "set parallel.cp: 1"]),
+        ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "nearest that work: tp=2, tp=1"]),
+        ("parallel.tp=4", ["parallel.tp = 4", "2 key/value heads", "nearest that work: tp=2, tp=1"]),
+        ("parallel.ep=3", ["parallel.ep = 3", "8 experts", "nearest that work: ep=4, ep=2, ep=1"]),
+        ("parallel.etp=3", ["parallel.etp = 3", "64 expert", "nearest that work: etp=4, etp=2, etp=1"]),
+        ("parallel.pp=3", ["parallel.pp = 3", "4 layers", "nearest that work: pp=4, pp=2, pp=1"]),
+        ("parallel.vpp=2", ["parallel.vpp = 2", "need a pipeline", "nearest that work: vpp=none, pp=2 vpp=2"]),
         ("model.layers=te", ["model.layers = 'te'", "set model.layers: torch"]),
-        ("rollout.tensor_parallel=3", ["rollout.tensor_parallel = 3", "set 2"]),
+        (
+            "rollout.tensor_parallel=3",
+            ["rollout.tensor_parallel = 3", "rollout.tensor_parallel=4, rollout.tensor_parallel=2"],
+        ),
         ("rl.optimizer_steps_per_rollout=3", ["= 3", "128 sequences", "set 2"]),
         ("rollout.max_response_tokens=512", ["= 512", "context of 512"]),
         ("rl.max_prompt_tokens=500", ["rl.max_prompt_tokens = 500", "set at most 448"]),
@@ -114,7 +115,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(base: Path, override: s
 
 
 def test_dense_models_have_no_expert_parallelism(base: Path) -> None:
-    assert "set parallel.ep: 1" in refused(base, "model.generate.family=qwen3", "parallel.ep=2")
+    assert "nearest that work: ep=1" in refused(base, "model.generate.family=qwen3", "parallel.ep=2")
     assert "intermediate" in refused(
         base, "model.generate.family=qwen3", "model.generate.intermediate_size=255", "parallel.tp=2"
     )
@@ -263,9 +264,9 @@ def test_smallest_world_is_the_first_that_every_group_divides(tp: int, pp: int, 
     config = Config(
         model={"path": "x"}, parallel=dict(tp=tp, pp=pp, ep=ep, etp=etp), rollout={"tensor_parallel": engine}
     )
-    fits = [w for w in range(1, 4000) if w % (tp * pp) == 0 and w % (etp * ep * pp) == 0 and w % engine == 0]
+    fits = [w for w in range(1, 5000) if w % (tp * pp) == 0 and w % (etp * ep * pp) == 0 and w % engine == 0]
     assert smallest_world(config) == fits[0]
-    for world in range(1, 50):
+    for world in (1, 12, 30, *fits[:2]):
         if world in fits:
             check_world(config, world)
         else:
@@ -273,31 +274,154 @@ def test_smallest_world_is_the_first_that_every_group_divides(tp: int, pp: int, 
                 check_world(config, world)
 
 
-@settings(max_examples=40, deadline=None)
+LONG = ["model.generate.context=64", "rollout.max_response_tokens=16", "rl.max_prompt_tokens=16"]
+QWEN3 = ["model.generate.family=qwen3"]
+REFUSED = {  # settings -> what is said about them
+    ("parallel.tp=3",): "parallel.tp = 3: does not divide the model's 8 attention heads",
+    ("parallel.tp=4",): "parallel.tp = 4: does not divide the model's 2 key/value heads",
+    (*QWEN3, "model.generate.intermediate_size=255", "parallel.tp=2"): "parallel.tp = 2: does not divide the model's 255 in",
+    ("parallel.ep=3",): "parallel.ep = 3: does not divide the model's 8 experts",
+    ("parallel.ep=16",): "parallel.ep = 16: does not divide the model's 8 experts",
+    ("parallel.etp=3",): "parallel.etp = 3: does not divide the model's 64 expert intermediate columns",
+    (*QWEN3, "parallel.ep=2"): "parallel.ep = 2: a dense model has no experts",
+    (*QWEN3, "parallel.etp=2"): "parallel.etp = 2: a dense model has no experts",
+    ("parallel.pp=3",): "parallel.pp = 3, vpp = 1: 3 stages do not divide the model's 4 layers",
+    ("parallel.pp=2", "parallel.vpp=3"): "parallel.pp = 2, vpp = 3: 6 stages do not divide the model's 4 layers",
+    ("parallel.vpp=2",): "parallel.vpp = 2: virtual stages need a pipeline",
+    ("parallel.first_stage_layers=2",): "parallel.first_stage_layers = 2: there is one stage",
+    ("parallel.pp=2", "parallel.first_stage_layers=4"): "parallel.first_stage_layers = 4: leaves 0 of the model's 4 layers",
+    ("parallel.pp=3", "parallel.last_stage_layers=1"): "parallel.last_stage_layers = 1: leaves 3 of the model's 4 layers",
+    ("parallel.pp=2", "parallel.first_stage_layers=1", "parallel.last_stage_layers=1"): "leaves 2 of the model's 4 layers to 0",
+    ("parallel.pp=2", "parallel.vpp=2", "parallel.first_stage_layers=2"): "not with virtual stages",
+    ("parallel.pp=2", "parallel.loss_in_split=true", "parallel.last_stage_layers=1"): "not with embedding_in_split or loss_in",
+    ("parallel.pp=2", "parallel.embedding_in_split=true"): "do not divide the model's 4 layers + 1 (embedding_in_split)",
+    ("parallel.embedding_in_split=true",): "parallel.embedding_in_split = true: there is one stage",
+    ("parallel.pp=5", "parallel.loss_in_split=true"): "4 layers + 1 (loss_in_split) leave one without a layer",
+    ("parallel.overlap_param_gather=true",): "parallel.overlap_param_gather = true: needs distributed_optimizer",
+    ("rl.optimizer.type=sgd",): "rl.optimizer.type = sgd: the distributed optimizer",
+    (*LONG, "parallel.cp=64"): "parallel.cp = 64: the sequences of sft have at most 64 tokens",
+    (*LONG, "sft=none", "reward_model=none", "parallel.cp=32"): "the sequences of rl have at most 32 tokens and are cut into",
+    (*LONG, "rl.micro_batch_tokens=34", "parallel.cp=9"): "rl.micro_batch_tokens = 34: cp = 9 and tp = 1 pad 32 tokens",
+    ("sft.max_tokens=65", "sft.micro_batch_tokens=65", "parallel.tp=2"): "sft.micro_batch_tokens = 65: cp = 1 and tp = 2 pad 65",
+    ("parallel.tp=2", "parallel.pp=2", "parallel.nproc=6"): "world size 6: not a multiple of 4",
+    ("parallel.pp=2", "parallel.ep=4", "parallel.nproc=4"): "world size 4: not a multiple of 8",
+    ("rollout.tensor_parallel=2", "parallel.nproc=3"): "world size 3: not a multiple of 2",
+    ("parallel.nproc=64",): "rl.prompts_per_step = 16: 32 sequences per optimizer step for 64 data-parallel ranks",
+    ("sft.batch_size=2", "parallel.nproc=4"): "sft.batch_size = 2: below the 4 data-parallel ranks",
+    ("rollout.tensor_parallel=3",): "rollout.tensor_parallel = 3: does not divide the model's 8 attention heads",
+    ("model.generate.num_kv_heads=4", "model.generate.num_heads=24", "rollout.tensor_parallel=6"): "4 key/value heads",
+    (*QWEN3, "model.generate.intermediate_size=258", "rollout.tensor_parallel=4"): "258 intermediate columns",
+    ("model.generate.moe_intermediate_size=66", "rollout.tensor_parallel=4"): "66 expert columns",
+    ("rollout.data_parallel=2",): "rollout.data_parallel = 2: replicas step together only to share experts",
+    ("rollout.expert_parallel=true",): "rollout.expert_parallel = true: an engine of one rank",
+    ("rollout.expert_parallel=true", "rollout.data_parallel=9"): "an engine of 9 ranks (tensor_parallel x data_parallel)",
+    (*QWEN3, "rollout.expert_parallel=true", "rollout.tensor_parallel=2"): "expert_parallel = true: a dense model has no",
+    ("parallel.tp=3", "parallel.pp=3", "rollout.tensor_parallel=3"): "parallel.tp = 3: does not divide",
+}  # fmt: skip
+
+
+def suggestions(message: str) -> list[list[str]]:
+    """The layouts that a refusal names, as overrides."""
+    listed = message.partition("; nearest that work: ")[2]
+    return [
+        [setting if "." in setting.partition("=")[0] else f"parallel.{setting}" for setting in layout.split()]
+        for layout in listed.split(", ")
+        if layout
+    ]
+
+
+@pytest.mark.parametrize("settings", REFUSED, ids=" ".join)
+def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_can(base: Path, settings: tuple[str, ...]) -> None:
+    message = refused(base, *settings)
+    assert REFUSED[settings] in message
+    found = suggestions(message)
+    assert 1 <= len(found) <= 3 and len({tuple(layout) for layout in found}) == len(found), message
+    for layout in found:
+        load_config(base, [*settings, *layout])
+
+
+def test_the_nearest_layouts_are_near(base: Path) -> None:
+    """One change where one is enough, the world's size kept where it can be, and nothing switched on without need."""
+    assert suggestions(refused(base, "parallel.tp=4", "parallel.ep=2"))[0] == ["parallel.tp=2", "parallel.ep=2"]
+    assert suggestions(refused(base, "parallel.tp=2", "parallel.pp=3", "parallel.nproc=8")) == [
+        ["parallel.tp=2", "parallel.pp=4"], ["parallel.tp=2", "parallel.pp=2"], ["parallel.tp=2", "parallel.pp=1"]
+    ]  # fmt: skip
+    large = ["num_layers=48", "num_experts=128", "num_heads=64", "num_kv_heads=4", "moe_intermediate_size=768"]
+    wanted = ["tp=8", "pp=5", "vpp=7", "ep=24", "etp=5", "cp=3"]
+    layouts = [f"model.generate.{setting}" for setting in large] + [f"parallel.{setting}" for setting in wanted]
+    found = suggestions(refused(base, *layouts))
+    assert found and all("parallel.cp=3" in layout for layout in found)
+    for layout in found:
+        load_config(base, [*layouts, *layout])
+
+
+def test_a_layout_that_no_setting_saves_says_so(base: Path) -> None:
+    message = refused(base, "parallel.nproc=200")
+    assert "set at least 200" in message and message.endswith("none near these works")
+
+
+def test_the_world_that_the_command_line_asks_for_is_checked_with_the_model(base: Path) -> None:
+    config = load_config(base, ["parallel.tp=2", "parallel.pp=2"])
+    with pytest.raises(
+        BadInput, match="world size 6: not a multiple of 4.*set parallel.nproc .or --nproc. to 4"
+    ) as info:
+        check_world(config, 6)
+    for layout in suggestions(str(info.value)):
+        check_world(load_config(base, layout), 6)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_accepted_layout_divides_and_any_refusal_is_one_line(data: st.DataObject) -> None:
+def test_any_accepted_layout_divides_and_any_refusal_names_layouts_that_are_accepted(data: st.DataObject) -> None:
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     shape = dict(num_heads=draw(4, 6, 8), num_kv_heads=draw(1, 2, 4), num_layers=draw(2, 4, 6),
                  num_experts=draw(4, 6, 8), moe_intermediate_size=draw(48, 64))  # fmt: skip
-    parallel = dict(tp=draw(1, 2, 4), pp=draw(1, 2, 3), vpp=draw(None, 1, 2), ep=draw(1, 2, 4), etp=draw(1, 2, 3))
-    config = Config(model={"path": "x", "generate": shape}, parallel=parallel)
-    try:
-        check_config(config)
-    except BadInput as e:
-        assert "\n" not in str(e) and "set" in str(e)
-    p = Parallel(**parallel)
+    parallel = dict(tp=draw(1, 2, 4), pp=draw(1, 2, 3), vpp=draw(None, 1, 2), ep=draw(1, 2, 4), etp=draw(1, 2, 3),
+                    cp=draw(1, 2, 3), nproc=draw(None, None, 4, 12), first_stage_layers=draw(None, None, 1),
+                    embedding_in_split=draw(False, False, True))  # fmt: skip
+    rollout = dict(tensor_parallel=draw(1, 2, 3), data_parallel=draw(1, 2), expert_parallel=draw(False, True))
+    config = Config(model={"path": "x", "generate": shape}, parallel=parallel, rollout=rollout)
+    p, r = config.parallel, config.rollout
+    if shape["num_heads"] % shape["num_kv_heads"]:
+        with pytest.raises(BadInput, match="query heads"):
+            check_config(config)
+        return
+    layers, vpp, ends = shape["num_layers"], p.vpp or 1, [p.first_stage_layers] if p.first_stage_layers else []
+    if ends:
+        stages = p.pp > 1 and vpp == 1 and not p.embedding_in_split
+        stages = stages and layers - 1 >= p.pp - 1 and (layers - 1) % (p.pp - 1) == 0
+    else:
+        extra = int(p.embedding_in_split)
+        stages = (layers + extra) % (p.pp * vpp) == 0 and not (p.pp == 1 and (vpp > 1 or extra))
+        stages = stages and not (extra and layers + extra == p.pp * vpp)
+    engine, heads = r.tensor_parallel * r.data_parallel, shape["num_kv_heads"]
     fits = (
-        shape["num_heads"] % shape["num_kv_heads"] == 0
-        and shape["num_heads"] % p.tp == shape["num_kv_heads"] % p.tp == 0
-        and shape["num_layers"] % (p.pp * (p.vpp or 1)) == 0
-        and not (p.pp == 1 and (p.vpp or 1) > 1)
+        shape["num_heads"] % p.tp == heads % p.tp == 0
+        and stages
         and shape["num_experts"] % p.ep == shape["moe_intermediate_size"] % p.etp == 0
+        and shape["num_heads"] % r.tensor_parallel == 0
+        and 0 in (heads % r.tensor_parallel, r.tensor_parallel % heads)
+        and (r.expert_parallel or shape["moe_intermediate_size"] % r.tensor_parallel == 0)
+        and (r.expert_parallel or r.data_parallel == 1)
+        and (not r.expert_parallel or 1 < engine <= shape["num_experts"])
+        and (p.nproc or smallest_world(config)) % smallest_world(config) == 0
     )
     if fits:
+        return check_config(config)
+    with pytest.raises(BadInput) as info:
         check_config(config)
-    else:
-        with pytest.raises(BadInput):
-            check_config(config)
+    assert "\n" not in str(info.value)
+    found = suggestions(str(info.value))
+    assert len(found) <= 3 and (found or str(info.value).endswith("none near these works"))
+    for layout in found:
+        values = {"parallel": parallel.copy(), "rollout": rollout.copy()}
+        for setting in layout:
+            section, _, text = setting.partition(".")
+            name, _, value = text.partition("=")
+            values[section][name] = (
+                {"none": None, "true": True, "false": False}.get(value) if value.isalpha() else int(value)
+            )
+        check_config(Config(model={"path": "x", "generate": shape}, **values))
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megarl.config.schema import Model, Parallel
 from megarl.convert import family, load_hf, pad_token_id, read_spec, save_hf, stream_hf, validate_folder
+from megarl.data import BatchLayout
 from megarl.errors import BadInput
 from tests.dist.checkpoints import make
 from tests.dist.convert_cases import logits, same, tokens
@@ -49,7 +50,7 @@ def build(path, mesh):
     from megarl.models.build import build_model
 
     spec = read_spec(path)
-    chunks = build_model(spec, Model(path=str(path)), mesh)
+    chunks = build_model(spec, Model(path=str(path)), mesh, Parallel())
     for parameter in chunks[0].parameters():
         torch.nn.init.constant_(parameter, float("nan"))
     load_hf(path, chunks, spec, mesh)
@@ -99,7 +100,7 @@ def test_reward_model_keeps_its_bits_and_its_scores(name, mesh, tmp_path):
 
     batch = fixed_batch()
     batch.tokens[batch.offsets()[1:3] - 2] = 0  # a padding token inside a sequence is none
-    mine = reward.scores([pack(batch, range(len(batch)), 8)])[0]
+    mine = reward.scores([pack(batch, range(len(batch)), BatchLayout(row_multiple=8))])[0]
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == 0
     padded = torch.zeros(len(batch), int(batch.lengths.max()), dtype=torch.int64)

@@ -10,23 +10,22 @@ from megarl import platform
 platform.setup()
 
 from megarl.models.layers.torch_layers import _rotate  # noqa: E402
-from megarl.models.moe.experts import _WeightedSwiGLU  # noqa: E402
 from megarl.models.packing_params import _rotary  # noqa: E402
+from megarl.platform import cpu_products, cuda_experts  # noqa: E402
 
 
-def test_weighted_swiglu_and_its_gradient():
+def test_rms_norm_and_its_gradient():
     torch.manual_seed(0)
-    gate_up = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    probs = torch.rand(5, dtype=torch.float64, requires_grad=True)
-    gate, up = gate_up.chunk(2, -1)
-    expected = torch.nn.functional.silu(gate) * up * probs[:, None]
-    assert torch.allclose(_WeightedSwiGLU.apply(gate_up, probs), expected, atol=1e-14, rtol=0)
-    assert torch.autograd.gradcheck(_WeightedSwiGLU.apply, (gate_up, probs))
+    x = torch.randn(3, 2, 5, 8, dtype=torch.float64).split([1, 4], 2)[1].requires_grad_()  # strided, as queries are
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-3)
+    assert torch.allclose(platform.rms_norm(x, weight, 1e-3), expected, atol=1e-14, rtol=0)
+    assert torch.autograd.gradcheck(lambda x, weight: platform.rms_norm(x, weight, 1e-3), (x, weight))
 
 
 def test_rotary_and_its_gradient():
     torch.manual_seed(0)
-    rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0)
+    rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0, torch.float32)
     x = torch.randn(6, 2, 3, 8, requires_grad=True)
     cos, sin = (part[:, None, None] for part in rotary)
     first, second = x.chunk(2, -1)
@@ -38,21 +37,62 @@ def test_rotary_and_its_gradient():
     assert torch.allclose(mine, plain, atol=1e-6, rtol=0)
 
 
-# oneDNN takes 256 of 300 rows, or all of 512; PyTorch the rest
-@pytest.mark.parametrize("counts", [[3, 0, 5], [300, 0, 5], [512, 0, 70], [0, 0, 0]])
-def test_grouped_mm_and_its_gradients(counts):
+def _experts(counts: list[int], dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """(x, weight1, weight2, probs) of three experts, and where their rows end."""
     torch.manual_seed(0)
-    x = torch.randn(sum(counts), 96, requires_grad=True)
-    weights = torch.randn(3, 64, 96, requires_grad=True)
-    out = platform.grouped_mm(x, weights, torch.tensor(counts).cumsum(0).to(torch.int32))
-    parts = zip(x.double().split(counts), weights.double(), strict=True)
-    expected = torch.cat([rows @ weight.t() for rows, weight in parts])
-    assert torch.allclose(out.double(), expected, atol=1e-4, rtol=0)
+    rows, hidden, ffn = sum(counts), 24, 8
+    shapes = [(rows, hidden), (3, 2 * ffn, hidden), (3, hidden, ffn), (rows,)]
+    tensors = [torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes]
+    return tuple(t.requires_grad_() for t in tensors), torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+def _plain_experts(x, weight1, weight2, ends, probs):
+    borders, out = [0, *ends.tolist()], []
+    for expert, (up, down) in enumerate(zip(weight1, weight2, strict=True)):
+        rows = slice(borders[expert], borders[expert + 1])
+        gate, linear = (x[rows] @ up.t()).chunk(2, -1)
+        out.append(torch.nn.functional.silu(gate) * linear * probs[rows, None] @ down.t())
+    return torch.cat(out)
+
+
+# a piece that borrows rows after it, before it, or has none to borrow; experts of several pieces and of no token
+@pytest.mark.parametrize("counts", [[3, 0, 5], [20, 7, 3], [1100, 0, 30], [0, 16, 0], [0, 0, 0]])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        (cpu_products.GatedExperts.apply, torch.float64),
+        (cpu_products.GatedExperts.apply, torch.float32),
+        (cuda_experts.gated_experts, torch.float32),
+    ],
+)
+def test_gated_experts_and_their_gradients(counts, way, dtype):
+    tensors, ends = _experts(counts, dtype)
+    x, weight1, weight2, probs = tensors
+    precise = tuple(t.detach().double().requires_grad_() for t in tensors)
+    out = way(x, weight1, weight2, ends, probs)
+    expected = _plain_experts(*precise[:3], ends, precise[3])
+    tolerance = {"atol": 1e-12 if dtype is torch.float64 else 2e-5, "rtol": 1e-5}
+    assert torch.allclose(out.double(), expected, **tolerance)
     upstream = torch.randn_like(out)
-    mine = torch.autograd.grad(out, (x, weights), upstream)
-    plain = torch.autograd.grad(expected, (x, weights), upstream.double())
-    assert all(torch.allclose(a, b, atol=5e-4, rtol=0) for a, b in zip(mine, plain, strict=True))
-    assert not mine[1][1].any()  # an expert without a token
+    mine = torch.autograd.grad(out, tensors, upstream)
+    plain = torch.autograd.grad(expected, precise, upstream.double())
+    assert all(torch.allclose(a.double(), b, **tolerance) for a, b in zip(mine, plain, strict=True))
+    assert counts[1] or not mine[1][1].any()  # an expert without a token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 700])
+def test_linear_and_its_gradients(rows, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 1, 96, dtype=dtype, requires_grad=True)
+    weight = torch.randn(64, 96, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(rows, 1, 64, dtype=dtype)
+    expected = torch.autograd.grad(x.double() @ weight.double().t(), (x, weight), upstream.double())
+    for way in (platform.linear, cpu_products.Linear.apply):
+        out = way(x, weight)
+        assert torch.allclose(out.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=0)
+        mine = torch.autograd.grad(out, (x, weight), upstream)
+        assert all(torch.allclose(a, b, atol=5e-4, rtol=0) for a, b in zip(mine, expected, strict=True))
 
 
 def test_chunks_are_sorted_unless_they_are():

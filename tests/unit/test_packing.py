@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.data.packing import micro_batches, pack, plan_micro_batches
+from megarl.data.packing import BatchLayout, micro_batches, pack, plan_micro_batches
 from megarl.errors import BadInput
-from megarl.types import Batch, SequenceShards
+from megarl.types import Batch, MicroBatch, SequenceShards
 
 LAYOUTS = st.fixed_dictionaries(
     {
@@ -93,60 +96,107 @@ def test_sequence_above_the_budget_names_the_budget_to_set():
         plan_micro_batches([64], 63, 1, 4)
 
 
+LAYOUT = st.builds(
+    lambda dp, cp, row_multiple, count_multiple, attention, equal_rows: BatchLayout(
+        dp=dp,
+        cp=cp,
+        row_multiple=row_multiple,
+        count_multiple=count_multiple,
+        attention=attention,
+        equal_rows=equal_rows,
+    ),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 3, 8]),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.05]),
+    st.booleans(),
+)
+
+
+def on_every_rank(batch: Batch, budget: int, layout: BatchLayout) -> list[list[list[MicroBatch]]]:
+    """[dp rank][cp rank][micro-batch]"""
+    return [
+        [micro_batches(batch, budget, replace(layout, dp_rank=d, cp_rank=c)) for c in range(layout.cp)]
+        for d in range(layout.dp)
+    ]
+
+
 @settings(max_examples=80, deadline=None)
-@given(LAYOUTS)
-def test_packed_documents_are_the_sequences_and_sums_do_not_depend_on_the_packing(layout):
-    lengths = layout["lengths"]
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(96, 200), LAYOUT)
+def test_every_token_is_computed_and_scored_once_whatever_the_layout(lengths, budget, layout):
     batch = make_batch(lengths)
-    offsets = batch.offsets().tolist()
-    total = per_group = 0
-    for rank in range(layout["dp_size"]):
-        for micro in micro_batches(
-            batch,
-            layout["token_budget"],
-            rank,
-            layout["dp_size"],
-            layout["pad_multiple"],
-            attention=layout["attention"],
-            count_multiple=layout["count_multiple"],
-        ):
-            assert micro.tokens.numel() % layout["pad_multiple"] == 0 and micro.tokens.numel() > 0
-            assert micro.cu_seqlens[-1] == micro.tokens.numel() and micro.cu_seqlens.dtype == torch.int32
-            assert micro.num_padding < layout["pad_multiple"] or len(micro.batch) == 0
-            for document, group in enumerate(micro.batch.group_index.tolist()):
-                start, end = micro.cu_seqlens[document : document + 2].tolist()
-                assert torch.equal(micro.tokens[start:end], batch.tokens[offsets[group] : offsets[group + 1]])
-                assert micro.position_ids[start:end].tolist() == list(range(end - start))
-                assert set(micro.sequence_ids[start:end].tolist()) == {document}
-            padding = micro.tokens.numel() - micro.num_padding
-            assert (micro.sequence_ids[padding:] == len(micro.batch)).all()
-            total = total + (micro.batch.token_weights * micro.batch.response_mask).sum()
-            shards = SequenceShards(micro.batch.sequence_ids(), len(micro.batch))
-            sums = shards.sum(micro.batch.token_weights)[:, 0]
-            per_group = per_group + torch.zeros(len(lengths), dtype=torch.float64).index_add_(
-                0, micro.batch.group_index, sums
-            )
+    computed, scored = Counter(), Counter()
+    total, sums = 0.0, torch.zeros(len(lengths), dtype=torch.float64)
+    rows: dict[int, set[int]] = {}
+    for data_rank in on_every_rank(batch, budget, layout):
+        for number, shards in enumerate(zip(*data_rank, strict=True)):
+            whole, at_last = shards[0].batch, Counter()
+            rows.setdefault(number, set()).add(shards[0].tokens.numel())
+            offsets = whole.offsets()
+            for micro in shards:
+                n = micro.tokens.numel()
+                assert n and n % layout.row_multiple == 0 and n * layout.cp <= budget
+                assert micro.cu_seqlens[-1] == n * layout.cp and micro.cu_seqlens.dtype == torch.int32
+                assert (micro.cu_seqlens.diff() % layout.document_multiple == 0).all() and (
+                    micro.cu_seqlens.diff() > 0
+                ).all()
+                owned, has_target = micro.owned, micro.targets >= 0
+                assert (owned.diff() > 0).all()
+                ids = whole.sequence_ids()
+                assert torch.equal(micro.tokens[has_target], whole.tokens[owned - 1])
+                assert torch.equal(micro.position_ids[has_target], owned - 1 - offsets[ids[owned]])
+                local = micro.local_batch()
+                assert torch.equal(local.tokens, whole.tokens[owned]) and torch.equal(local.sequence_ids(), ids[owned])
+                for index, row in enumerate(micro.last_rows.tolist()):
+                    if row >= 0:
+                        at_last[index] += 1
+                        assert micro.tokens[row] == whole.tokens[offsets[index + 1] - 1]
+                        assert micro.position_ids[row] == whole.lengths[index] - 1 and micro.targets[row] == -1
+                for place, token in zip(local.group_index[local.sequence_ids()].tolist(), owned.tolist()):
+                    scored[place, token - int(offsets[ids[token]])] += 1
+                total += (local.token_weights * local.response_mask).sum()
+                part = SequenceShards(local.sequence_ids(), len(local)).sum(local.token_weights)[:, 0]
+                sums.index_add_(0, local.group_index, part)
+            assert at_last == Counter(range(len(whole)))
+            computed.update(whole.group_index.tolist())
+    if layout.equal_rows:
+        assert all(len(sizes) == 1 for sizes in rows.values())
+    assert computed == Counter(range(len(lengths)))
+    assert scored == Counter({(s, t): 1 for s, n in enumerate(lengths) for t in range(1, n)})
+    first = batch.offsets()[:-1]
+    batch.token_weights[first] = 0
     whole = SequenceShards(batch.sequence_ids(), len(batch)).sum(batch.token_weights)[:, 0]
-    torch.testing.assert_close(torch.as_tensor(total), (batch.token_weights * batch.response_mask).sum())
-    torch.testing.assert_close(per_group, whole)
+    torch.testing.assert_close(
+        torch.as_tensor(total), (batch.token_weights * batch.response_mask).sum(), check_dtype=False
+    )
+    torch.testing.assert_close(sums, whole)
+
+
+def test_context_parallel_ranks_hold_an_early_and_a_late_chunk():
+    micros = [pack(make_batch([8, 3]), [0, 1], BatchLayout(cp=2, cp_rank=rank)) for rank in range(2)]
+    assert [micro.position_ids.tolist() for micro in micros] == [[0, 1, 6, 7, 0, 3], [2, 3, 4, 5, 1, 2]]
+    assert [micro.targets.tolist() for micro in micros] == [[1, 2, 7, -1, 9, -1], [3, 4, 5, 6, 10, -1]]
+    assert [micro.last_rows.tolist() for micro in micros] == [[3, -1], [-1, 5]]
+    assert micros[0].cu_seqlens.tolist() == micros[1].cu_seqlens.tolist() == [0, 8, 12]
 
 
 def test_rank_without_sequences_gets_one_padded_document_and_no_trained_token():
     batch = make_batch([5])
-    empty = micro_batches(batch, 64, 1, 2, 4)
-    assert len(empty) == len(micro_batches(batch, 64, 0, 2, 4)) == 1
+    empty = micro_batches(batch, 64, BatchLayout(dp=2, dp_rank=1, row_multiple=4))
+    assert len(empty) == len(micro_batches(batch, 64, BatchLayout(dp=2, row_multiple=4))) == 1
     micro = empty[0]
     assert len(micro.batch) == 0 and micro.batch.response_mask.numel() == 0
-    assert micro.tokens.tolist() == [0] * 4 and micro.cu_seqlens.tolist() == [0, 4] and micro.max_seqlen == 4
-    assert micro.sequence_ids.tolist() == [0] * 4
+    assert micro.tokens.tolist() == [0] * 4 and micro.cu_seqlens.tolist() == [0, 4]
+    assert micro.targets.tolist() == [-1] * 4 and micro.last_rows.tolist() == []
 
 
 def test_pack_by_hand():
     batch = make_batch([3, 2, 4])
-    micro = pack(batch, [2, 0], pad_multiple=4, pad_token=7)
+    micro = pack(batch, [2, 0], BatchLayout(row_multiple=4), pad_token=7)
     tokens = batch.tokens.tolist()
     assert micro.tokens.tolist() == tokens[5:9] + tokens[0:3] + [7]
     assert micro.cu_seqlens.tolist() == [0, 4, 7, 8]
     assert micro.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
-    assert micro.sequence_ids.tolist() == [0] * 4 + [1] * 3 + [2]
-    assert micro.num_padding == 1 and micro.batch.group_index.tolist() == [2, 0]
+    assert micro.targets.tolist() == [1, 2, 3, -1, 5, 6, -1, -1] and micro.last_rows.tolist() == [3, 6]
+    assert micro.batch.group_index.tolist() == [2, 0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megarl.config.schema import DataSource, Tokenizer
-from megarl.data import PairData, pair_micro_batches, render_sft
+from megarl.data import BatchLayout, PairData, pair_micro_batches, render_sft
 from megarl.data.pairs import pair_batch
 from megarl.data.sources import Row
 from megarl.errors import BadInput
@@ -142,7 +142,7 @@ def test_both_sides_of_a_pair_share_a_micro_batch(dp, budget, multiple) -> None:
     batch = pair_batch(pairs)
     seen, counts = [], set()
     for rank in range(dp):
-        packed = pair_micro_batches(batch, budget, rank, dp, multiple)
+        packed = pair_micro_batches(batch, budget, BatchLayout(dp=dp, dp_rank=rank, row_multiple=multiple))
         counts.add(len(packed))
         for micro in packed:
             index = micro.batch.group_index.tolist()

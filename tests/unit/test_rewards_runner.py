@@ -143,6 +143,15 @@ def test_a_worker_that_died_idle_costs_nothing(verifier):
         assert (result.score, result.failed) == (2, False)
 
 
+@pytest.fixture
+def ctrl_c_raises():
+    """A shell starts its background jobs with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_interrupted_call_leaves_no_answer_for_the_next(verifier):
     with RewardRunner(Reward(type=f"{verifier}:score", timeout_seconds=20)) as runner:
         main = threading.main_thread().ident

@@ -27,7 +27,7 @@ from megarl.algorithms import (
     policy_loss,
 )
 from megarl.algorithms.aggregate import AGGREGATIONS
-from megarl.data.packing import micro_batches
+from megarl.data.packing import BatchLayout, micro_batches
 from megarl.metrics import Metric, Sum, merge
 from megarl.trainers import rl_batch
 from megarl.trainers.group_pool import GroupPool
@@ -103,7 +103,9 @@ def passes(batch: Batch) -> Batch:
 
     def found(scale: float) -> torch.Tensor:
         noise = torch.from_numpy(draw.normal(0, scale, len(batch.tokens)).astype(np.float32))
-        return torch.where(batch.response_mask > 0, batch.rollout_log_probs + noise, math.nan)
+        out = torch.where(batch.response_mask > 0, batch.rollout_log_probs + noise, math.nan)
+        out[batch.offsets()[:-1]] = 0.0  # nothing predicts a first token
+        return out
 
     return batch.replace(old_log_probs=found(0.2), ref_log_probs=found(0.3), values=found(1.0))
 
@@ -118,30 +120,32 @@ def exactly(metrics: dict[str, Metric]) -> object:
 
 @dataclasses.dataclass
 class Ranks:
-    """One rollout batch over 2 data-parallel ranks, each with its micro-batches of every optimizer step."""
+    """One rollout batch over 2 (x 2 context-parallel) ranks, each with its micro-batches of every optimizer step."""
 
     batch: Batch  # whole, as assembled
     parts: list[Batch]
     packed: list[list[list[MicroBatch]]]  # [rank][optimizer step][micro-batch]
 
     @classmethod
-    def of(cls, groups: list[PromptGroup], algorithm: Algorithm, steps: int, seed: int) -> Ranks:
+    def of(cls, groups: list[PromptGroup], algorithm: Algorithm, steps: int, seed: int, cp: int = 1) -> Ranks:
         batch = rl_batch.assemble(groups, algorithm)
         parts = rl_batch.split(batch, steps, seed)
-        return cls(batch, parts, [[micro_batches(part, 16, rank, 2) for part in parts] for rank in range(2)])
+        layouts = [BatchLayout(dp=2, dp_rank=rank // cp, cp=cp, cp_rank=rank % cp) for rank in range(2 * cp)]
+        return cls(batch, parts, [[micro_batches(part, 24, layout) for part in parts] for layout in layouts])
 
     def micros(self, rank: int) -> list[MicroBatch]:
         return [micro for step in self.packed[rank] for micro in step]
 
     def record(self, truth: Batch, names: tuple[str, ...]) -> None:
-        """Each rank's passes find `names` for its own micro-batches."""
-        for micro in (m for rank in range(2) for m in self.micros(rank)):
+        """Each rank's passes find `names` at the tokens it scores."""
+        for micro in (m for rank in range(len(self.packed)) for m in self.micros(rank)):
             own = truth.select(micro.batch.sequence_index.tolist())
             for name in names:
-                setattr(micro.batch, name, getattr(own, name))
+                whole = getattr(own, name)
+                setattr(micro.batch, name, torch.zeros_like(whole).index_copy_(0, micro.owned, whole[micro.owned]))
 
     def gathered(self) -> Batch:
-        ranks = [rl_batch.recorded(self.micros(rank)) for rank in range(2)]
+        ranks = [rl_batch.recorded(self.micros(rank)) for rank in range(len(self.packed))]
         return rl_batch.with_recorded(self.batch, (item for rank in ranks for item in rank))
 
 
@@ -158,8 +162,12 @@ def test_what_ranks_found_apart_decides_the_same_as_the_whole(
     groups: list[PromptGroup], algorithm: Algorithm, steps: int, seed: int
 ) -> None:
     """Two ranks record, gather and decide; then every micro-batch holds its slice of it, and only that."""
+    sharded = Ranks.of(groups, algorithm, steps, seed, cp=2)
     ranks = Ranks.of(groups, algorithm, steps, seed)
     truth = passes(ranks.batch)
+    sharded.record(truth, rl_batch.RECORDED)
+    for name in rl_batch.RECORDED:
+        same(getattr(sharded.gathered(), name), getattr(truth, name), name)
     ranks.record(truth, rl_batch.RECORDED)
     gathered = ranks.gathered()
     for name in rl_batch.RECORDED:

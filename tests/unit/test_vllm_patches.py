@@ -53,6 +53,12 @@ def test_vllm_rewinds_generators_and_a_cpus_cannot(facts):
         torch.Generator().get_offset()
 
 
+@pytest.mark.parametrize("name", ["uses_expert_map", "gathers_uneven", "names_the_job"])
+def test_vllm_still_lacks_what_engines_of_several_cpu_ranks_need(facts, name):
+    """That the patches are enough is seen in tests/dist/test_rollout_layouts.py."""
+    assert facts[name] is False
+
+
 def test_uniforms_are_splitmix64():
     """First outputs of the reference implementation for seed 1234567 (prng.di.unimi.it, splitmix64.c)."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
@@ -85,6 +91,23 @@ def test_a_reload_without_the_patch_leaves_the_experts_wrong(facts):
     assert facts["synced"] == []
     assert facts["unpatched"] == EXPERTS
     assert facts["patched"] == []
+
+
+def test_weights_go_straight_into_the_layers(facts):
+    assert facts["places"]  # every tensor of the checkpoint has one, and nothing else
+    assert facts["direct"] == []
+
+
+def test_what_the_model_does_not_have_is_refused(facts):
+    unknown, misshapen, partial = facts["refusals"]
+    assert "the engine's model has no model.layers.0.bias" in unknown
+    assert "model.layers.0.self_attn.q_proj.weight is (" in misshapen
+    assert "the stream ended without model.layers.0.self_attn.k_proj.weight" in partial
+
+
+def test_norms_have_a_kernel_that_vllm_does_not_use(facts):
+    assert facts["norms"]["is_native"]
+    assert facts["norms"]["gap"] < 1e-5
 
 
 def test_a_layer_that_was_not_reloaded_still_computes(facts):

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 
 class ScalarHead(MegatronModule):
-    """hidden -> 1 without a bias, computed in float32, in place of a language model's output layer.
+    """hidden -> 1 without a bias, computed in float32 or wider, in place of a language model's output layer.
 
     `[n(/tp), 1, hidden]` -> `[n, 1, 1]`, the same on every tensor-parallel rank. Under sequence parallelism each rank
     scores its own tokens and the numbers are gathered, not the hidden states; the weight's gradient is then a rank's
@@ -29,7 +29,8 @@ class ScalarHead(MegatronModule):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        out = F.linear(hidden_states.float(), self.weight.float())
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        out = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.config.sequence_parallel:
             # every rank computes the same loss from the gathered numbers: its own part of the gradient is complete
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.tp_group)

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megarl import platform
 from megarl.models.packing_params import PackedRow
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (1910.07467) over the last dimension, computed in float32.
+    """Root-mean-square norm (1910.07467) over the last dimension, computed in float32 or wider.
 
     Megatron's own torch norm refuses sequence parallelism; all it needs is the attribute on the weight that makes
     Megatron sum its gradient over the tensor-parallel ranks.
@@ -29,8 +31,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.dtype in (torch.float32, torch.float64):
+            return platform.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
@@ -85,7 +87,7 @@ class PackedAttention(MegatronModule):
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on `[n, groups, heads, head_dim]`, in float32."""
+    """Rotary positions on `[n, groups, heads, head_dim]`, in the precision of the tables."""
     return _Rotary.apply(x, *rotary)
 
 
@@ -106,8 +108,8 @@ class _Rotary(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos[:, None, None, :half], sin[:, None, None, :half]
-    first, second = x.float().split(half, dim=-1)
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    first, second = x.to(cos.dtype).split(half, dim=-1)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out.to(x.dtype)
@@ -117,18 +119,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     """Causal attention inside each document of a packed row: `[n, heads, head_dim]` and two `[n, kv_heads, head_dim]`.
 
     One `scaled_dot_product_attention` per bucket of similar lengths: on a CPU that is faster than a mask over the whole
-    row, and for documents of very different lengths it becomes a call per document.
+    row, and for documents of very different lengths it becomes a call per document. Under context parallelism keys and
+    values are gathered from the group, and their gradients are summed on the way back.
     """
     grouped = query.shape[1] != key.shape[1]
+    if row.cp_group is not None:
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=row.cp_group)
+        key, value = both.split(key.shape[1], dim=1)
     outputs = []
     for bucket in row.buckets:
         q, k, v = (
-            (x if bucket.index is None else x.index_select(0, bucket.index))
-            .view(bucket.documents, bucket.length, -1, x.shape[-1])
+            (x if index is None else x.index_select(0, index))
+            .view(bucket.documents, -1, *x.shape[1:])
             .transpose(1, 2)
-            for x in (query, key, value)
+            for x, index in ((query, bucket.index), (key, bucket.key_index), (value, bucket.key_index))
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        causal = bucket.mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if row.restore is None else out.index_select(0, row.restore)

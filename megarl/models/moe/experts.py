@@ -1,11 +1,10 @@
-"""Experts of one rank as two stacked weights and two grouped matrix products."""
+"""Experts of one rank as two stacked weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -49,9 +48,8 @@ class GroupedExperts(MegatronModule):
         """`hidden [tokens, H]` sorted by expert, `tokens_per_expert [E/ep]`, `probs [tokens]` -> `[tokens, H]`."""
         counts = torch.as_tensor(tokens_per_expert, device=hidden.device)
         ends = counts.cumsum(0).to(torch.int32)
-        gate_up = platform.grouped_mm(hidden, self.weight1.flatten(1, 2), ends)
-        activated = _WeightedSwiGLU.apply(gate_up, probs.to(gate_up.dtype))
-        return platform.grouped_mm(activated, self.weight2, ends), None
+        weight1 = self.weight1.flatten(1, 2)
+        return platform.gated_experts(hidden, weight1, self.weight2, ends, probs.to(hidden.dtype)), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the ordinary backward."""
@@ -72,32 +70,3 @@ class GroupedExperts(MegatronModule):
             f"{prefix}weight1": shard("weight1", self.weight1, 2),
             f"{prefix}weight2": shard("weight2", self.weight2, 2),
         }
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    """`silu(gate) * up * prob` of `[n, 2F]` and `[n]`, with a backward that writes both halves into one tensor.
-
-    PyTorch's own operators work on strided halves and copy their gradients together again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        ctx.save_for_backward(gate_up, probs)
-        return F.silu(gate).mul_(up).mul_(probs[:, None])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, probs = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        through_gate = grad * up
-        grad_probs = torch.linalg.vecdot(through_gate, silu)
-        torch.mul(grad, silu, out=grad_up)
-        grad_up.mul_(probs[:, None])
-        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)  # d silu = sigmoid + silu (1 - sigmoid)
-        torch.mul(through_gate.mul_(probs[:, None]), slope, out=grad_gate)
-        return out, grad_probs

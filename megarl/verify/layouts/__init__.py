@@ -1,0 +1,1 @@
+"""The layout oracle: any layout must give the losses, gradients and weights of one process."""

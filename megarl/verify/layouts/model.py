@@ -1,0 +1,55 @@
+"""A small model of the same kind as the user's, in which every degree divides and every weight tells itself apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megarl.config.schema import Config
+from megarl.convert import family, read_spec
+from megarl.convert.hf_io import ShardedWriter, write_json
+from megarl.models.generate import random_weights, spec_of
+from megarl.models.spec import ModelSpec
+
+LAYERS = 4
+VOCAB = 299  # odd, so that tp pads it
+STD, NORM_STD = 0.1, 0.2  # with all norms at 1 a swapped norm would go unseen
+
+
+def shrunken(cfg: Config) -> ModelSpec:
+    """The architecture of the user's model with few layers and small widths.
+
+    Kept: the family, dense among MoE layers, grouped key/value heads, tied embeddings, norms, rotary base, how many
+    experts a token has (at most 4) and whether their gates are renormalised.
+    """
+    path = Path(cfg.model.path)
+    spec = read_spec(path) if (path / "config.json").exists() else spec_of(cfg.model.generate)
+    moe = tuple(layer for layer in range(LAYERS) if layer in spec.moe_layers)
+    if spec.is_moe and len(spec.moe_layers) < spec.num_layers and len(moe) in (0, LAYERS):
+        moe = tuple(range(1, LAYERS))  # some layers are dense, but beyond those kept
+    top_k = min(spec.top_k, 4)
+    return replace(
+        spec,
+        num_layers=LAYERS,
+        hidden_size=64,
+        num_heads=8 if spec.num_heads > spec.num_kv_heads else 4,
+        num_kv_heads=4,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=VOCAB,
+        max_position_embeddings=128,
+        num_experts=8 if spec.is_moe else 0,
+        top_k=top_k,
+        moe_intermediate_size=32 if spec.is_moe else 0,
+        moe_layers=moe,
+    )
+
+
+def write_checkpoint(folder: Path, spec: ModelSpec, seed: int) -> None:
+    """config.json and random weights, norms around 1; the same seed gives the same bytes."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", family(spec.family).write_config(spec))
+    writer = ShardedWriter(folder)
+    for name, tensor in random_weights(spec, seed, STD, NORM_STD):
+        writer.add(name, tensor)
+    writer.close()
