@@ -197,6 +197,73 @@ class Quantile(Metric):
         return Quantile(self.share, self.centre, self.counts.cpu())
 
 
+@dataclass(frozen=True)
+class ExpertLoad(Metric):
+    """Tokens of each expert of a layer, and what is reported of them: `max_over_mean`, or the number of `unused` ones."""
+
+    counts: Tensor  # [E] float64
+    statistic: str
+
+    def merge(self, other: ExpertLoad) -> ExpertLoad:
+        return ExpertLoad(self.counts + other.counts, self.statistic)
+
+    def value(self) -> float:
+        if not self.counts.sum():
+            return math.nan
+        if self.statistic == "unused":
+            return float((self.counts == 0).sum())
+        return float(self.counts.max() / self.counts.mean())
+
+    def detached(self) -> ExpertLoad:
+        return ExpertLoad(self.counts.cpu(), self.statistic)
+
+
+@dataclass(frozen=True)
+class Correlation(Metric):
+    """Pearson's correlation, kept as count, means, and sums of products of deviations (merged as `Std`)."""
+
+    count: Scalar
+    means: tuple[Scalar, Scalar]
+    squares: tuple[Scalar, Scalar]
+    products: Scalar
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor) -> Correlation:
+        """Over entries of `x [n]` and `y [n]` where `mask [n]` is positive."""
+        kept = mask > 0
+        x, y = x.detach().double()[kept], y.detach().double()[kept]
+        if not len(x):
+            return cls(0.0, (0.0, 0.0), (0.0, 0.0), 0.0)
+        dx, dy = x - x.mean(), y - y.mean()
+        return cls(
+            float(len(x)),
+            (float(x.mean()), float(y.mean())),
+            (float(dx.square().sum()), float(dy.square().sum())),
+            float((dx * dy).sum()),
+        )
+
+    def merge(self, other: Correlation) -> Correlation:
+        count = self.count + other.count
+        if not count:
+            return self
+        dx, dy = (b - a for a, b in zip(self.means, other.means))
+        weight = self.count * other.count / count
+        return Correlation(
+            count,
+            tuple(a + (b - a) * other.count / count for a, b in zip(self.means, other.means)),
+            (self.squares[0] + other.squares[0] + dx * dx * weight, self.squares[1] + other.squares[1] + dy * dy * weight),
+            self.products + other.products + dx * dy * weight,
+        )
+
+    def value(self) -> float:
+        """NaN when either does not vary."""
+        spread = math.sqrt(self.squares[0] * self.squares[1])
+        return self.products / spread if spread > 0 else math.nan
+
+    def detached(self) -> Correlation:
+        return self
+
+
 def merge(into: dict[str, Metric], new: Mapping[str, Metric]) -> dict[str, Metric]:
     """Adds the observations of `new` to `into`, in place, and returns it.
 
@@ -228,9 +295,9 @@ def reduce_metrics(metrics: Mapping[str, Metric], gather: Callable[[Any], list[A
 
 def _was_nan(metric: Metric) -> bool:
     """A NaN that was observed (a diverged loss) stays visible; a NaN for want of observations does not."""
-    return any(
-        math.isnan(float(part)) for part in vars(metric).values() if not isinstance(part, Tensor) or not part.dim()
-    )
+    parts = [part for value in vars(metric).values() for part in (value if isinstance(value, tuple) else (value,))]
+    scalars = [part for part in parts if isinstance(part, float | int) or (isinstance(part, Tensor) and not part.dim())]
+    return any(math.isnan(float(part)) for part in scalars)
 
 
 def _larger(a: Scalar, b: Scalar) -> Scalar:

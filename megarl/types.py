@@ -166,6 +166,12 @@ class MicroBatch:
         return self.targets[self.targets >= 0]
 
     @property
+    def routed_rows(self) -> Tensor:
+        """[n] bool: rows of response tokens whose routing something is computed from (not a sequence's last one)."""
+        held = self.held
+        return (held >= 0) & (self.targets >= 0) & (self.batch.response_mask[held.clamp(min=0)] > 0)
+
+    @property
     def held(self) -> Tensor:
         """[n] int64: the token of `batch` in each row; -1: padding."""
         held = torch.where(self.targets >= 0, self.targets - 1, -1)

@@ -241,6 +241,10 @@ def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
             )
     elif config.rollout.routed_experts:
         raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
+    elif config.rl is not None and config.rl.routing_replay != "none":
+        raise BadInput(
+            f"rl.routing_replay = {config.rl.routing_replay!r}: a dense model has no experts; set rl.routing_replay: none"
+        )
 
 
 def _check_lengths(config: Config, model_context: int) -> None:

@@ -346,6 +346,14 @@ class RL(Section):
     """Start from the SFT result of this project, or from `model.path`; `sft` without an `sft` section means `model`."""
     reference: str | None = None
     """Checkpoint of the reference model; none: the policy the run starts from."""
+    routing_replay: Literal["none", "old", "rollout"] = "none"
+    """Which experts the passes of an update take: their routers' own choice, those of the old pass (R2), or those that
+    the engine sampled with (R3). Reference, critic and reward models always choose for themselves."""
+    max_routing_mismatch: Fraction = 0.3
+    """Largest share of experts in a layer that engine and learner may choose differently with the same weights; more
+    means that the record is misaligned, and ends the run."""
+    freeze_router: bool = False
+    """The routers keep their weights."""
 
 
 class Rollout(Section):
@@ -427,6 +435,8 @@ class Log(Section):
     """Weights & Biases project; needs the wandb package."""
     rollouts_every: NonNegative = 1
     """Steps between files of sampled trajectories in rollouts/; 0 = none."""
+    routing_tokens: NonNegative = 512
+    """Tokens per data-parallel rank on which every RL step of an MoE model measures how routing moves; 0 = none."""
     profile_steps: list[NonNegative] = []
     """Steps recorded with the PyTorch profiler into profile/."""
     grace_seconds: Annotated[float, Field(ge=0)] = 8

@@ -74,8 +74,12 @@ class Policy:
         total_steps: int = 1,
         temperature: float = 1.0,
         routing: bool = False,
+        freeze_router: bool = False,
     ) -> None:
-        """`routing`: passes record what the routers choose, and replay `MicroBatch.experts`; of an MoE model."""
+        """`routing`: passes record what the routers choose, and replay `MicroBatch.experts`; of an MoE model.
+
+        `freeze_router`: training leaves the routers' weights alone.
+        """
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
@@ -83,6 +87,9 @@ class Policy:
         self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel)
         self.dtype = DTYPES[cfg.model.dtype]
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel)
+        if freeze_router:
+            for name, parameter in (item for module in self._modules for item in module.named_parameters()):
+                parameter.requires_grad = not name.endswith("mlp.router.weight")
         is_half = self.dtype is torch.bfloat16
         self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
         self.optimizer = self.schedule = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -71,6 +72,20 @@ def seeded(params: Any, seed: int) -> Any:
         params.seed = seed
         vars(params).pop("sampling_type", None)  # cached from before there was a seed
     return params
+
+
+def version() -> str:
+    """The installed vLLM's."""
+    import vllm
+
+    return vllm.__version__
+
+
+def records_routing() -> bool:
+    """Whether this vLLM can return the experts of every token."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return any(field.name == "enable_return_routed_experts" for field in dataclasses.fields(EngineArgs))
 
 
 def can_sleep() -> bool:

@@ -65,6 +65,7 @@ class VLLMEngine:
         self.seed, self.policy_version, self.config = seed, 0, rollout_cfg
         self.layout = EngineLayout(degree, mesh.world_size // degree, mesh.rank // degree)
         self.capabilities = Capabilities(sleep=vllm_patches.can_sleep(), routed_experts=rollout_cfg.routed_experts)
+        self._spec = read_spec(model_path)
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
@@ -80,10 +81,15 @@ class VLLMEngine:
         from vllm import LLM
 
         vllm_patches.install()
-        cfg, head_dim, sizes = self.config, read_spec(model_path).head_dim, vllm_patches.head_sizes()
+        cfg, head_dim, sizes = self.config, self._spec.head_dim, vllm_patches.head_sizes()
         if sizes is not None and head_dim not in sizes:
             raise BadInput(
                 f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model"
+            )
+        if cfg.routed_experts and not vllm_patches.records_routing():
+            raise BadInput(
+                f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.16 to 0.30, "
+                "or set it to false and rl.routing_replay to none or old"
             )
         try:
             return LLM(
@@ -203,8 +209,22 @@ class VLLMEngine:
             finish_reason=response.finish_reason,
             policy_version=np.full(len(tokens), self.policy_version, np.int32),
             text=text,
-            routed_experts=np.concatenate(response.routed_experts) if response.routed_experts else None,
+            routed_experts=self._moe_rows(response.routed_experts),
         )
+
+    def _moe_rows(self, pieces: list[np.ndarray]) -> np.ndarray | None:
+        """[tokens, L, k] of the model's L MoE layers; vLLM may count the dense ones too."""
+        if not pieces:
+            return None
+        rows, moe = np.concatenate(pieces), list(self._spec.moe_layers)
+        if rows.shape[1] == self._spec.num_layers:
+            rows = rows[:, moe]
+        if rows.shape[1:] != (len(moe), self._spec.top_k):
+            raise RunFailed(
+                f"routing: vLLM recorded {rows.shape[1]} layers with {rows.shape[2]} experts a token, the model has "
+                f"{len(moe)} MoE layers with {self._spec.top_k}"
+            )
+        return rows
 
     def _decode(self, responses: list[Response]) -> list[str]:
         ends = set(self._stop_ids)

@@ -39,6 +39,7 @@ from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
 from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
+from megarl.trainers.routing import RoutingWatch, replay_recorded, replay_rollout, routed_load
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
@@ -72,6 +73,8 @@ class RLTrainer:
         self.cfg, self.mesh, self.rewards, self.from_rollouts = cfg, mesh, rewards, from_rollouts
         rl = cfg.rl
         self.algorithm = algorithms.from_config(rl.algorithm, cfg.rollout.max_response_tokens)
+        if rl.routing_replay == "rollout":
+            cfg = self.cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"routed_experts": True})})
         self.start_path = start_path(cfg, mesh, "rl", rl.init_from)
         with task("load data and model", is_main=mesh.is_main, stream=launcher.terminal()):
             self.policy = Policy.from_hf(
@@ -81,7 +84,10 @@ class RLTrainer:
                 optimizer=rl.optimizer,
                 total_steps=max(1, rl.steps - self._warmup_steps()) * rl.optimizer_steps_per_rollout,
                 temperature=cfg.rollout.temperature,
+                routing=rl.routing_replay != "none" or cfg.log.routing_tokens > 0,
+                freeze_router=rl.freeze_router,
             )
+            self.watch = self._routing_watch()
             self.reference = self._reference()
             self.critic = self._critic()
             self.scorer = Scorer(cfg, mesh, rewards, self.start_path)
@@ -133,6 +139,11 @@ class RLTrainer:
             batch = rl_batch.assemble(groups, self.algorithm)
             parts = rl_batch.split(batch, rl.optimizer_steps_per_rollout, seed=self.cfg.seed * 1_000_003 + number)
             packed = [self._pack(part) for part in parts]
+            if rl.routing_replay == "rollout":
+                merge(metrics, replay_rollout(self.policy, [micro for part in packed for micro in part]))
+        if self.watch is not None:
+            with phases("routing"):
+                merge(metrics, self.watch.before(parts[0]))
         with phases("old_log_probs"):
             merge(metrics, self.recorded_passes(packed))
         with phases("prepare"):
@@ -141,6 +152,9 @@ class RLTrainer:
         with phases("update"):
             for micro in packed:
                 merge(metrics, self._update(micro, number))
+        if self.watch is not None:
+            with phases("routing"):
+                merge(metrics, self.watch.after(batch))
         with phases("sync"):
             self.sync()
         if self.mesh.is_main:
@@ -213,9 +227,13 @@ class RLTrainer:
         """
         metrics: dict[str, Metric] = {}
         several = len(packed) > 1 and self.algorithm.ratio_base == "old"
-        if several or self.algorithm.needs_old_log_probs:
+        replays_old = self.cfg.rl.routing_replay == "old"
+        if several or replays_old or self.algorithm.needs_old_log_probs:
             for micro in packed:
-                for one, log_probs in zip(micro, self.policy.log_probs(micro)[0], strict=False):
+                found, routing = self.policy.read(micro)
+                if replays_old:
+                    merge(metrics, replay_recorded(micro, routing))
+                for one, log_probs in zip(micro, found, strict=False):
                     one.batch.old_log_probs = log_probs
                     if self.mesh.reports:
                         merge(metrics, engine_gap(one.local_batch(), log_probs[one.owned]))
@@ -258,6 +276,8 @@ class RLTrainer:
             result = self.policy.train_step(micro, self.loss)
             self._check_applied(result, micro, number)
             metrics |= result.metrics
+            if self.watch is not None:
+                metrics |= routed_load(self.policy, micro, result.routing)
         return metrics
 
     def _check_applied(self, result: StepResult, micro: list[MicroBatch], number: int) -> None:
@@ -360,6 +380,12 @@ class RLTrainer:
             optimizer=critic.optimizer,
             total_steps=rl.steps * rl.optimizer_steps_per_rollout,
         )
+
+    def _routing_watch(self) -> RoutingWatch | None:
+        tokens = self.cfg.log.routing_tokens
+        if self.policy.routing is None or not tokens:
+            return None
+        return RoutingWatch(self.policy, self.algorithm, tokens, self.cfg.rl.max_routing_mismatch)
 
     def _reference(self) -> tuple[Policy, HostParked] | None:
         if not self.algorithm.needs_reference:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from megarl.algorithms import Algorithm, Counts, Outcomes, count, mismatch_weights
+from megarl.errors import RunFailed
 from megarl.metrics import Max, Mean, Metric, Sum, merge
-from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
+from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards, Trajectory
 
 # what a pass of the learner leaves on a rank's own micro-batches, and what the loss reads
 RECORDED = ("old_log_probs", "ref_log_probs", "values")
@@ -32,7 +33,7 @@ def assemble(groups: Sequence[PromptGroup], algorithm: Algorithm) -> Batch:
         mask = mask * torch.repeat_interleave(kept, lengths)
     routed = None
     if all(t.routed_experts is not None for t in trajectories):
-        routed = torch.from_numpy(np.concatenate([_all_rows(t.routed_experts) for t in trajectories]))
+        routed = torch.from_numpy(np.concatenate([_all_rows(t) for t in trajectories]))
     return Batch(
         tokens=torch.tensor([x for t in trajectories for x in itertools.chain(t.prompt_ids, t.response_ids)]),
         lengths=lengths,
@@ -180,7 +181,15 @@ def _per_token(trajectories: Sequence, field, dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(pieces))
 
 
-def _all_rows(routed: np.ndarray) -> np.ndarray:
-    """[tokens, L, k]: the engine never routes the last token; its row holds distinct experts."""
+def _all_rows(trajectory: Trajectory) -> np.ndarray:
+    """[tokens, L, k]: the engine never routes the last token; its row holds distinct experts, and is never replayed."""
+    routed = trajectory.routed_experts
+    if len(routed) != trajectory.num_tokens - 1:
+        raise RunFailed(
+            f"routing: the engine recorded experts of {len(routed)} tokens of a sequence of {trajectory.num_tokens} (group "
+            f"{trajectory.group_id}); it must be all but the last"
+        )
+    if routed.dtype == np.uint16:  # more than 256 experts; torch computes with signed ones
+        routed = routed.astype(np.int16)
     last = np.broadcast_to(np.arange(routed.shape[-1], dtype=routed.dtype), (1, *routed.shape[1:]))
     return np.concatenate([routed, last])
