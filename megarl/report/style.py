@@ -40,6 +40,10 @@ figcaption p{margin:1px 0 0;color:var(--soft);font-size:.82rem;line-height:1.4}
 path.line{fill:none;stroke:var(--c);stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 path.raw{stroke-width:1;opacity:.32}
 path.band{fill:var(--c);opacity:.16}path.area{fill:var(--c);opacity:.82}circle{fill:var(--c)}
+path.shade,rect.shade{fill:var(--c0)}rect.frame{fill:none;stroke:var(--grid)}
+rect.cell{fill:none;stroke:var(--ink);stroke-width:1.2;visibility:hidden}
+p.legend{align-items:center;gap:8px}svg.shades{width:144px;height:10px;flex:none}
+line.whisker{stroke:var(--c);stroke-width:2}text.name{font-size:11.5px}
 line.grid{stroke:var(--grid);stroke-width:1}line.cursor{stroke:var(--soft);stroke-width:1;visibility:hidden}
 line.reference{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 4}
 text{font:11px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--soft)}
@@ -69,7 +73,28 @@ text.axis{display:none}path.line{stroke-width:2.6}}
 """
 
 SCRIPT = """
-for (const figure of document.querySelectorAll('figure.chart')) {
+for (const figure of document.querySelectorAll('figure[data-heat]')) {
+  const data = JSON.parse(figure.dataset.heat), plot = figure.querySelector('.plot');
+  const svg = plot.querySelector('svg'), tip = plot.querySelector('.tip'), cell = svg.querySelector('.cell');
+  const [x0, y0, x1, y1] = data.box, width = (x1 - x0) / data.columns.length, height = (y1 - y0) / data.rows.length;
+  const hide = () => { tip.hidden = true; cell.style.visibility = 'hidden'; };
+  svg.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect(), scale = data.width / box.width;
+    const column = Math.floor(((event.clientX - box.left) * scale - x0) / width);
+    const row = Math.floor(((event.clientY - box.top) * scale - y0) / height);
+    const value = (data.values[row] || [])[column];
+    if (value === undefined || value === null) return hide();
+    tip.textContent = `${data.row} ${data.rows[row]}, ${data.x} ${data.columns[column]}: ${value}`;
+    Object.entries({x: x0 + column * width, y: y0 + row * height, width, height})
+      .forEach(([name, number]) => cell.setAttribute(name, number));
+    cell.style.visibility = 'visible';
+    tip.hidden = false;
+    const left = (x0 + column * width) / scale;
+    tip.style.left = (left > box.width / 2 ? left - tip.offsetWidth - 12 : left + width / scale + 12) + 'px';
+  });
+  svg.addEventListener('pointerleave', hide);
+}
+for (const figure of document.querySelectorAll('figure[data-chart]')) {
   const data = JSON.parse(figure.dataset.chart), plot = figure.querySelector('.plot');
   const svg = plot.querySelector('svg'), tip = plot.querySelector('.tip'), cursor = svg.querySelector('.cursor');
   const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a);

@@ -73,7 +73,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self.feed(text)
-        self.charts = [json.loads(a["data-chart"]) for tag, a in self.tags if tag == "figure"]
+        self.charts = [json.loads(a["data-chart"]) for tag, a in self.tags if "data-chart" in a]
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append((tag, dict(attrs)))
