@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import selectors
 import signal
 import socket
@@ -79,19 +80,34 @@ def launch(command: Sequence[str], nproc: int, log_dir: Path, grace_seconds: flo
 
 
 def free_port() -> int:
-    """A free TCP port on the loopback interface, or MASTER_PORT if that is set. Raises `BadInput` if there is none."""
-    wanted = os.environ.get("MASTER_PORT", "0")
-    if not wanted.isdigit() or int(wanted) > 65535:
+    """A free TCP port on the loopback interface, or MASTER_PORT if that is set. Raises `BadInput` if there is none.
+
+    Seconds pass until a rank listens on it, in which the kernel gives ports of its own range to whoever asks for any:
+    the port is from below that range.
+    """
+    wanted = os.environ.get("MASTER_PORT")
+    if wanted is not None and (not wanted.isdigit() or int(wanted) > 65535):
         raise BadInput(f"MASTER_PORT = {wanted!r}: not a port; unset it to have a free one chosen")
-    try:
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(("127.0.0.1", int(wanted)))
-            return s.getsockname()[1]
-    except OSError as e:
-        if wanted == "0":
-            raise BadInput(f"no free TCP port on 127.0.0.1 ({e.strerror}); end other jobs and try again") from None
-        raise BadInput(f"MASTER_PORT = {wanted}: {e.strerror}; unset it to have a free one chosen") from None
+    for port in _quiet_ports() if wanted is None else [int(wanted)]:
+        try:
+            with socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                s.bind(("127.0.0.1", port))
+                return s.getsockname()[1]
+        except OSError as e:
+            problem = e.strerror
+    if wanted is None:
+        raise BadInput(f"no free TCP port on 127.0.0.1 ({problem}); end other jobs and try again")
+    raise BadInput(f"MASTER_PORT = {wanted}: {problem}; unset it to have a free one chosen")
+
+
+def _quiet_ports() -> list[int]:
+    """Some ports below those that the kernel hands out, then 0: any."""
+    first = 32768
+    with suppress(OSError, ValueError, IndexError):
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    below = range(10_000, first)
+    return [*random.SystemRandom().sample(below, min(20, len(below))), 0]
 
 
 def redirect_rank_output(log_path: Path) -> TextIO | None:

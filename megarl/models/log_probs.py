@@ -59,7 +59,7 @@ class _LinearLogProbs(torch.autograd.Function):
             logits.sub_(peak[:, None])
             exps = logits.exp()
             total += exps.sum(-1)
-            weighted += torch.linalg.vecdot(exps, logits)
+            weighted += logits.mul_(exps).sum(-1)
             kept = exps if len(blocks) == 1 else None
             del logits, exps  # before the next block is made
         own_peak = peak

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from megarl.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000  # characters of a failing rank's output that are shown
@@ -71,13 +72,6 @@ def run_ranks(
             text = (folder / f"output-{rank}").read_text(errors="replace")[-TAIL:]
             raise RanksFailed(f"{target} on {nproc} ranks: rank {rank} {why}; its output ends with:\n{text}")
         return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(nproc)]
-
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait(processes: list[subprocess.Popen], timeout: float) -> tuple[int, str] | None:

@@ -70,7 +70,7 @@ def masked(path: str, parallel: dict[str, Any], budget: int) -> dict[str, bool]:
     ids = batch.sequence_ids()
     some = batch.response_mask * (torch.arange(len(ids)) % 3 > 0) * (ids % 2)
     everything, wanted = (
-        micro_batches(batch.replace(response_mask=mask), budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+        micro_batches(batch.replace(response_mask=mask), budget, policy.layout)
         for mask in (torch.ones(len(ids)), some)
     )
     found = {}
@@ -85,7 +85,7 @@ def masked(path: str, parallel: dict[str, Any], budget: int) -> dict[str, bool]:
         found[f"no {name} at a start"] = not any(a[s].any() for a, s in zip(full, starts))
         found[f"{name} everywhere else"] = all((a[~s] != 0).all() for a, s in zip(full, starts))
     nothing = batch.replace(response_mask=torch.zeros(len(ids)))
-    packed = micro_batches(nothing, budget, mesh.dp_rank, mesh.dp, 2 * mesh.tp)
+    packed = micro_batches(nothing, budget, policy.layout)
     for name, loss in (("a loss", negative_log_likelihood), ("a constant", lambda *_: (torch.zeros(()), {}))):
         result = policy.train_step(packed, loss)
         found[f"{name} without a trained token"] = result.applied and result.grad_norm == 0.0

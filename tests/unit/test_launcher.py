@@ -176,6 +176,14 @@ sys.exit(launch([sys.executable, "-c", {show!r}], 3, pathlib.Path({str(tmp_path)
     assert said == [[str(r), str(r), "3", "3", "127.0.0.1", "lo", "lo"] for r in range(3)]
 
 
+def test_a_free_port_is_none_that_the_kernel_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds pass until a rank listens on it: another job's connection could have taken it."""
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {launcher.free_port() for _ in range(10)}
+    assert len(ports) > 5 and max(ports) < first
+
+
 def test_no_free_port_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
