@@ -23,7 +23,6 @@ FAULTS = {
     "dp2+budget80": "mean_of_micro_batches",
     "tp2": "experts_not_reduced",
     "tp2+permuted": "norms_not_reduced",
-    "pp2vpp2": "batched_messages",
     "one+permuted": "other_experts",
 }
 
@@ -35,7 +34,7 @@ def cfg():
 
 def test_layouts_agree_with_one_process(cfg):
     """Every loss, gradient and weight in float64, at 1e-10."""
-    names = ["pp2vpp2", "tp2", "cp2ep2", "one+permuted", "one+unpacked"]
+    names = ["pp2vpp2", "tp2", "cp2ep2", "one+unpacked"]
     found = compare_layouts(cfg, names, "float64")
     assert found.broken == {}
     assert [(row.layout.name, row.loss_name) for row in found.rows] == [(n, loss) for n in names for loss in LOSSES]
@@ -94,16 +93,12 @@ def test_unreduced_norms_are_named(faulty):
     assert all("norm" in faulty["tp2+permuted", loss].tensors["gradient"][1] for loss in LOSSES)
 
 
-def test_mispaired_messages_of_virtual_stages_show(faulty):
-    assert failing(faulty, "pp2vpp2") == LOSSES
-
-
 def test_routers_do_take_the_experts_of_the_single_process(faulty):
     assert failing(faulty, "one+permuted") == LOSSES
 
 
 def test_a_step_whose_gates_stay_shut_is_refused(cfg):
-    with pytest.raises(RunFailed, match="this step proves too little: grpo: 0% of the gates act.*ratios of the sequences"):
+    with pytest.raises(RunFailed, match="this step proves too little: grpo: 0% of the gates act, not 20% to 60%"):
         compare_with_faults(cfg, {"one": "quiet_gates"}, ["tp2"])
 
 
