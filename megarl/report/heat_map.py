@@ -73,9 +73,8 @@ def _marks(cells: list[list[float | None]], largest: float) -> str:
         for j in range(1, len(levels) + 1):
             if j == len(levels) or levels[j] != levels[start]:
                 if levels[start]:
-                    x, y = LEFT + start * width, TOP + i * height
-                    piece = f"M{x:.1f},{y:.1f}h{(j - start) * width:.1f}v{height:.1f}H{x:.1f}z"
-                    pieces.setdefault(levels[start], []).append(piece)
+                    x, right, y, end = LEFT + start * width, LEFT + j * width, TOP + i * height, TOP + (i + 1) * height
+                    pieces.setdefault(levels[start], []).append(f"M{x:.1f},{y:.1f}H{right:.1f}V{end:.1f}H{x:.1f}z")
                 start = j
     return "".join(
         f'<path class="shade" fill-opacity="{level / LEVELS:.2f}" d="{"".join(found)}"/>'

@@ -217,10 +217,15 @@ def _routing(rl: list[Row]) -> list[Panel]:
             "Experts changed",
             "Share of a token's experts that the other routing did not choose (expert level), on the watched tokens: the "
             "engine's against the learner's with the same weights, and the learner's before against after the update.",
-            _series(rl, ("engine against learner", "routing/engine_changed"), ("update", "routing/update_changed")),
+            _series(
+                rl,
+                ("engine against learner", "routing/engine_changed"),
+                ("update", "routing/update_changed"),
+                smooth=True,
+            ),
             unit="%",
             from_zero=True,
-            lines=[] if floor is None else [("two passes with the same weights", floor)],
+            lines=[] if floor is None else [("noise floor: two passes, same weights", floor)],
         ),
         Chart(
             "Changes by layer and by token",
@@ -231,6 +236,7 @@ def _routing(rl: list[Row]) -> list[Panel]:
                 ("engine, token", "routing/engine_token_any"),
                 ("update, pair", "routing/update_pair"),
                 ("update, token", "routing/update_token_any"),
+                smooth=True,
             ),
             unit="%",
             from_zero=True,

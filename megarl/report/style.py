@@ -40,9 +40,10 @@ figcaption p{margin:1px 0 0;color:var(--soft);font-size:.82rem;line-height:1.4}
 path.line{fill:none;stroke:var(--c);stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 path.raw{stroke-width:1;opacity:.32}
 path.band{fill:var(--c);opacity:.16}path.area{fill:var(--c);opacity:.82}circle{fill:var(--c)}
-path.shade,rect.shade{fill:var(--c0)}rect.frame{fill:none;stroke:var(--grid)}
+path.shade,rect.shade{fill:var(--c0);shape-rendering:crispEdges}rect.frame{fill:none;stroke:var(--grid)}
 rect.cell{fill:none;stroke:var(--ink);stroke-width:1.2;visibility:hidden}
 p.legend{align-items:center;gap:8px}svg.shades{width:144px;height:10px;flex:none}
+text.reference{paint-order:stroke;stroke:var(--card);stroke-width:3px}
 line.whisker{stroke:var(--c);stroke-width:2}text.name{font-size:11.5px}
 line.grid{stroke:var(--grid);stroke-width:1}line.cursor{stroke:var(--soft);stroke-width:1;visibility:hidden}
 line.reference{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 4}

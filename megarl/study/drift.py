@@ -113,7 +113,11 @@ def _launch(run: Run) -> int:
     config = load_config(file, require=run.part)  # every check that the command itself makes
     ranks = config.parallel.nproc or smallest_world(config)
     check_world(config, ranks, "rl" if run.part == "rl" else None)
-    prepare_run_dir(config, run.part)
+    made = prepare_run_dir(config, run.part)
     verb = "sft" if run.part == "sft" else "train"
     logs = run.folder / run.part / "logs"
-    return launcher.launch([sys.executable, "-m", "megarl", verb, str(file)], ranks, logs, config.log.grace_seconds)
+    command = [sys.executable, "-m", "megarl", verb, str(file)]
+    code = launcher.launch(command, ranks, logs, config.log.grace_seconds)
+    if code == 2:
+        made.discard()
+    return code
