@@ -61,7 +61,10 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-mono
 "DejaVu Sans Mono",monospace;max-height:17em;overflow:auto;background:var(--bg);border-radius:6px;padding:7px 10px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 18px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
-td.number,th.number{text-align:right}th{color:var(--soft);font-weight:600}tr:last-child td{border-bottom:0}
+td.number,th.number{text-align:right}
+h3.table{margin:20px 0 8px}.wide table{width:auto;font-size:.8rem}.wide td{white-space:nowrap}
+.card ul{margin:0;padding-left:1.1em}.card li{margin:4px 0}.card p{color:var(--soft);font-size:.85rem;margin:10px 0 0}
+th{color:var(--soft);font-weight:600}tr:last-child td{border-bottom:0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,470px),1fr));gap:14px;align-items:start}
 details{margin-top:14px}summary{cursor:pointer;color:var(--soft);font-size:.9rem}
 details pre{max-height:40em;margin-top:8px}

@@ -23,13 +23,17 @@ from megarl.study.statistics import QUANTITIES, Interval, Quantity, Row, bootstr
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
 COMPARED = ("reward", "entropy", "grad_norm", "zero", "changed", "gap", "std", "share")  # in the differences
 TABLES = {
-    "Training": ("reward", "best", "collapsed", "entropy", "grad_norm", "spikes", "zero", "clipped"),
+    "Training": ("reward", "best", "collapsed", "entropy", "grad_norm", "spikes", "zero", "clipped", "no_signal"),
     "Routing": ("changed", "token_any", "engine", "gap"),
     "Log-ratio after the updates of a step, the same tokens with live and with replayed routing": (
         "std", "std_replayed", "std_difference", "share", "std_seq", "averaging", "independent", "within",
         "averaging_routing", "within_routing",
     ),
 }  # fmt: skip
+PLOTTED = (
+    "reward", "collapsed", "entropy", "grad_norm", "zero", "clipped", "changed", "gap", "std", "std_difference", "share",
+    "within",
+)  # fmt: skip
 CURVES = (
     ("Reward", "Score of the samples.", "reward/score", "%"),
     ("Entropy", "Nats a token.", "policy/entropy", ""),
@@ -97,17 +101,13 @@ def write_results(config: Config, runs: Sequence[Run], command: str) -> str:
     return f"study: {len(study.seeds)} of {study.planned} seeds: {folder / 'RESULTS.md'}, {folder / 'study.html'}"
 
 
-def said(interval: Interval, unit: str, sign: bool = False) -> str:
+def said(interval: Interval, unit: str) -> str:
     """`12.3% [10.1%, 14.0%]`."""
     if math.isnan(interval.mean):
         return "-"
-
-    def one(x: float) -> str:
-        return ("+" if sign and x > 0 else "") + show(x, unit)
-
     if math.isnan(interval.low):
-        return one(interval.mean)
-    return f"{one(interval.mean)} [{one(interval.low)}, {one(interval.high)}]"
+        return show(interval.mean, unit)
+    return f"{show(interval.mean, unit)} [{show(interval.low, unit)}, {show(interval.high, unit)}]"
 
 
 def comparisons(config: Config, study: Study) -> list[tuple[str, str]]:
@@ -118,25 +118,38 @@ def comparisons(config: Config, study: Study) -> list[tuple[str, str]]:
 
 
 def findings(study: Study, config: Config) -> list[str]:
-    """What the intervals say, effect by effect, in plain sentences."""
+    """Which differences are more than noise, in plain sentences."""
     if not study.seeds:
         return ["No seed has all of its runs yet."]
-    lines = []
     if len(study.seeds) < 2:
-        lines.append("One seed: there is no interval, and nothing below tells an effect from noise.")
+        return ["One seed: there is no interval, and nothing tells an effect from noise."]
+    lines, tried, seen = [], 0, 0
     for key in COMPARED:
-        quantity, seen, noise = BY_KEY[key], [], []
+        quantity, clear = BY_KEY[key], []
         for arm, against in comparisons(config, study):
             difference = study.difference(arm, against, key)
-            if math.isnan(difference.mean):
-                continue
-            text = f"{arm} against {against} {said(difference, quantity.unit, sign=True)}"
-            (seen if difference.excludes_zero else noise).append(text)
-        if seen:
-            lines.append(f"{quantity.label}: the interval of the difference leaves out 0 for " + "; ".join(seen) + ".")
-        if noise:
-            lines.append(f"{quantity.label}: within noise: " + "; ".join(noise) + ".")
+            tried += not math.isnan(difference.mean)
+            if difference.excludes_zero:
+                clear.append(f"{arm} against {against} {change(difference, quantity.unit)}")
+        seen += len(clear)
+        if clear:
+            lines.append(f"{quantity.label}: the interval of the difference leaves out 0 for " + "; ".join(clear) + ".")
+        else:
+            lines.append(f"{quantity.label}: every difference is within noise.")
+    lines.append(
+        f"{seen} of {tried} differences leave out 0; about {max(1, round(tried / 20))} would by chance alone, and more with so "
+        "few seeds. Those not named are within noise."
+    )
     return lines
+
+
+def change(difference: Interval, unit: str) -> str:
+    """`+1.2 points [+0.3, +2.0]` of a percentage, `-0.1 [-0.2, 0.1]` of another number."""
+    if math.isnan(difference.mean):
+        return "-"
+    factor, word = (100, " points") if unit == "%" else (1, "")
+    mean, low, high = (f"{x * factor:+.3g}" for x in (difference.mean, difference.low, difference.high))
+    return f"{mean}{word}" + (f" [{low}, {high}]" if math.isfinite(difference.low) else "")
 
 
 def mechanism(study: Study, config: Config) -> list[str]:
@@ -199,25 +212,42 @@ NOTES = (
 )
 
 
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    meanings: list[str]
+
+
+def tables(study: Study, config: Config) -> list[Table]:
+    """Every arm's numbers, and the differences that are looked at; a difference whose interval leaves out 0 has a star."""
+    out = []
+    for title, keys in TABLES.items():
+        chosen = [BY_KEY[key] for key in keys]
+        rows = [[arm, *(said(study.interval(arm, q.key), q.unit) for q in chosen)] for arm in study.arms]
+        out.append(Table(title, ["arm", *(q.label for q in chosen)], rows, [f"{q.label}: {q.meaning}." for q in chosen]))
+    chosen = [BY_KEY[key] for key in COMPARED]
+    rows = []
+    for arm, against in comparisons(config, study):
+        found = [(study.difference(arm, against, q.key), q.unit) for q in chosen]
+        cells = [change(difference, unit) + (" *" if difference.excludes_zero else "") for difference, unit in found]
+        rows.append([f"{arm} - {against}", *cells])
+    star = "*: the interval leaves out 0."
+    return [*out, Table("Differences, seed by seed", ["arms", *(q.label for q in chosen)], rows, [star])]
+
+
 def markdown(study: Study, config: Config, command: str) -> str:
     """RESULTS.md."""
     lines = ["# Routing drift: methods with and without routing replay", ""]
     lines += [f"- {term}: {f'`{fact}`' if term == 'Command' else fact}" for term, fact in provenance(study, config, command)]
     lines += ["", *(f"{note}\n" for note in NOTES)]
-    if study.seeds:
-        for title, keys in TABLES.items():
-            lines += [f"## {title}", "", *_markdown_table(study, [BY_KEY[key] for key in keys]), ""]
     lines += ["## What routing does to the ratio, without replay", "", *(f"- {x}" for x in mechanism(study, config)), ""]
-    lines += ["## Which effects are more than noise", "", *(f"- {x}" for x in findings(study, config)), ""]
+    lines += ["## Which differences are more than noise", "", *(f"- {x}" for x in findings(study, config)), ""]
+    for table in tables(study, config) if study.seeds else []:
+        grid = [f"| {' | '.join(row)} |" for row in (table.head, ["---"] * len(table.head), *table.rows)]
+        lines += [f"## {table.title}", "", *grid, "", *(f"- {meaning}" for meaning in table.meanings), ""]
     return "\n".join(lines)
-
-
-def _markdown_table(study: Study, quantities: list[Quantity]) -> list[str]:
-    """One row an arm, with the meanings of the columns below."""
-    head = ["arm", *(quantity.label for quantity in quantities)]
-    rows = [[arm, *(said(study.interval(arm, q.key), q.unit) for q in quantities)] for arm in study.arms]
-    table = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return [*table, "", *(f"- {q.label}: {q.meaning}." for q in quantities)]
 
 
 def html(study: Study, config: Config, command: str) -> str:
@@ -229,10 +259,9 @@ def html(study: Study, config: Config, command: str) -> str:
     if study.seeds:
         seen = "".join(f"<li>{escape(line)}</li>" for line in mechanism(study, config) + findings(study, config))
         parts.append(("findings", "What was seen", f'<div class="card"><ul>{seen}</ul>{notes}</div>'))
-        plots = "".join(render_intervals(_intervals(study, config, q)) for q in QUANTITIES)
+        plots = "".join(render_intervals(_intervals(study, config, BY_KEY[key])) for key in PLOTTED)
         parts.append(("arms", "Arms", f'<div class="charts">{plots}</div>'))
-        tables = "".join(_html_table(study, title, [BY_KEY[key] for key in keys]) for title, keys in TABLES.items())
-        parts.append(("tables", "Tables", tables))
+        parts.append(("tables", "Tables", "".join(map(_html_table, tables(study, config)))))
     for method in config.study.methods:
         names = [f"{method}-{replay}" for replay in config.study.routing_replay]
         curves = "".join(render(chart) for chart in _curves(study, names))
@@ -250,31 +279,29 @@ def _intervals(study: Study, config: Config, quantity: Quantity) -> Intervals:
     return Intervals(quantity.label, quantity.meaning[:1].upper() + quantity.meaning[1:] + ".", rows, quantity.unit)
 
 
-def _html_table(study: Study, title: str, quantities: list[Quantity]) -> str:
-    head = "".join(f'<th class="number">{escape(quantity.label)}</th>' for quantity in quantities)
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th class="number">{escape(name)}</th>' for name in table.head[1:])
     rows = "".join(
-        f"<tr><td>{escape(arm)}</td>"
-        + "".join(f'<td class="number">{escape(said(study.interval(arm, q.key), q.unit))}</td>' for q in quantities)
-        + "</tr>"
-        for arm in study.arms
+        f"<tr><td>{escape(row[0])}</td>" + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row[1:]) + "</tr>"
+        for row in table.rows
     )
-    table = f"<table><tr><th>Arm</th>{head}</tr>{rows}</table>"
-    return f'<div class="card scroll"><h3>{escape(title)}</h3>{table}</div>'
+    grid = f"<table><tr><th>{escape(table.head[0])}</th>{head}</tr>{rows}</table>"
+    return f'<h3 class="table">{escape(table.title)}</h3><div class="card scroll wide">{grid}</div>'
 
 
 def _curves(study: Study, arms: list[str]) -> list[Chart]:
-    """Each arm's mean over the seeds that have reached a step; the shade is the 95 % interval where there are several."""
-    charts = []
+    """Each arm's mean over the complete seeds (before there is one, over what there is), with the 95 % interval."""
+    charts, several = [], len(study.seeds) > 1
     for title, meaning, name, unit in CURVES:
         series = []
         for arm in arms:
             by_step: dict[float, list[float]] = {}
-            for finished in study.arms[arm].values():
-                for row in finished.rows:
+            for seed, finished in study.arms[arm].items():
+                for row in finished.rows if seed in study.seeds or not study.seeds else []:
                     if isinstance(row.get(name), int | float):
                         by_step.setdefault(row["step"], []).append(float(row[name]))
             found = [(step, bootstrap(values, 500)) for step, values in sorted(by_step.items())]
-            band = [(x.low, x.high) for _, x in found] if found and all(x.seeds > 1 for _, x in found) else None
+            band = [(x.low, x.high) for _, x in found] if several and all(x.seeds > 1 for _, x in found) else None
             series.append(Series(arm, [(step, x.mean) for step, x in found], band=band))
         charts.append(Chart(title, meaning, series, unit=unit))
     return charts

@@ -149,6 +149,8 @@ QUANTITIES = (
     Quantity("zero", "No gradient", "trained tokens without one: clipped, or advantage 0", "%",
              _mean_of("policy/zero_grad_frac")),
     Quantity("clipped", "Clipped", "trained tokens outside a hard gate", "%", _mean_of("policy/clip_frac")),
+    Quantity("no_signal", "Groups without a signal", "of those trained on: all rewards equal, so advantage 0", "%",
+             _mean_of("groups/trained_without_signal_fraction")),
     Quantity("changed", "Experts changed by an update", "expert level, live routing, all optimizer steps of a rollout", "%",
              _mean_of("routing/update_changed")),
     Quantity("token_any", "Tokens changed in a layer", "by an update, in at least one layer", "%",
@@ -167,7 +169,7 @@ QUANTITIES = (
     Quantity("within_routing", "Correlation in a sequence, routing part", "of live minus replayed", "",
              _mean_of("routing/log_ratio_within_difference")),
     Quantity("averaging", "std log s / std z", "what the mean over a sequence leaves", "", _averaging("live")),
-    Quantity("averaging_routing", "the same, routing part", "of live minus replayed", "", _averaging("difference")),
+    Quantity("averaging_routing", "std log s / std z, routing part", "of live minus replayed", "", _averaging("difference")),
     Quantity("independent", "1 / sqrt(n)", "what it would leave of independent tokens", "", _independent),
 )  # fmt: skip
 

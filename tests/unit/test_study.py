@@ -137,8 +137,8 @@ def test_the_results_say_what_is_noise_and_how_many_seeds_there_are(finished):
     study = Study.load(arms)
     assert study.seeds == [1, 2]
     lines = findings(study, config)
-    assert any(line.startswith("Experts changed") and "leaves out 0" in line and "-7.8%" in line for line in lines)
-    assert any(line.startswith("Reward") and "within noise" in line for line in lines)
+    assert any(line.startswith("Experts changed") and "leaves out 0" in line and "-7.85 points" in line for line in lines)
+    assert any(line.startswith("Reward") and "every difference is within noise" in line for line in lines)
     text = markdown(study, config, "megarl study drift x.yaml")
     assert "2 of 3 complete (1, 2)" in text
     assert "| grpo-none | 30.0% [30.0%, 30.0%] |" in text
