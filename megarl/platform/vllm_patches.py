@@ -166,9 +166,12 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
             torch.cuda.set_rng_state(device_state)
 
 
-def direct_layers(model: torch.nn.Module, tensor_parallel: int) -> dict[str, vllm_direct.Layer] | None:
-    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`."""
-    return vllm_direct.layers(model) if platform.name() == "cpu" and tensor_parallel == 1 else None
+def direct_layers(model: torch.nn.Module, ranks: int) -> dict[str, vllm_direct.Layer] | None:
+    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`.
+
+    `ranks` of an engine: more than one split its matrices or deal out its experts.
+    """
+    return vllm_direct.layers(model) if platform.name() == "cpu" and ranks == 1 else None
 
 
 def load_weights(runner: Any, direct: dict[str, vllm_direct.Layer] | None, tensors: Iterable) -> None:

@@ -71,7 +71,7 @@ class VLLMEngine:
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
             self._llm = self._start(model_path, dtype, load)
         vllm_patches.after_start(self._runner)
-        self._direct = vllm_patches.direct_layers(self.model, degree)
+        self._direct = vllm_patches.direct_layers(self.model, ranks)
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)

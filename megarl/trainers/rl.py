@@ -86,6 +86,7 @@ class RLTrainer:
                 temperature=cfg.rollout.temperature,
                 routing=rl.routing_replay != "none" or cfg.log.routing_tokens > 0,
                 freeze_router=rl.freeze_router,
+                aux_loss_coef=rl.router_aux_loss_coef,
             )
             self.watch = self._routing_watch()
             self.reference = self._reference()
