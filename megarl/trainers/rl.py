@@ -143,7 +143,7 @@ class RLTrainer:
                 merge(metrics, replay_rollout(self.policy, [micro for part in packed for micro in part]))
         if self.watch is not None:
             with phases("routing"):
-                merge(metrics, self.watch.before(parts[0]))
+                merge(metrics, self.watch.before(parts[0], noise=number == 1))
         with phases("old_log_probs"):
             merge(metrics, self.recorded_passes(packed))
         with phases("prepare"):

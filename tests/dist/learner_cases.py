@@ -249,7 +249,7 @@ def log_ratio_spread(path: str, parallel: dict[str, Any]) -> list[dict[str, floa
     )
     algorithm = algorithms.from_config(Algorithm(preset="gspo"), 40)
     watch = RoutingWatch(policy, algorithm, tokens=2000, most_changed=0.3, variance=True)
-    watch.before(batch)
+    watch.before(batch, noise=False)
     out = []
     for changed, change in (("", None), ("output_layer", lambda p: p.mul_(1.5)), ("router.weight", lambda p: p.copy_(p.flip(0)))):
         for name, parameter in (item for chunk in policy.modules for item in chunk.named_parameters()):

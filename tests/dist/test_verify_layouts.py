@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megarl.config import Config, load_config
+from megarl.config import Config, Model, load_config
+from megarl.config.schema import Generate
+from megarl.convert import family
+from megarl.convert.hf_io import write_json
 from megarl.errors import BadInput, RunFailed
+from megarl.models.generate import spec_of
 from megarl.verify.layouts import oracle
 from megarl.verify.layouts.names import parse
 from megarl.verify.layouts.oracle import Comparison, Row, compare_layouts
@@ -40,6 +45,20 @@ def test_layouts_agree_with_one_process(cfg):
     assert [(row.layout.name, row.loss_name) for row in found.rows] == [(n, loss) for n in names for loss in LOSSES]
     assert [row.line() for row in found.rows if row.misses] == []
     assert found.failed == [] and "all within 1e-10" in found.summary()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_other_kinds_of_model_agree_too(tmp_path, kind, dtype):
+    """Dense with tied embeddings; MoE behind dense layers, whose gates are not renormalised."""
+    spec = spec_of(Generate(family="qwen3" if kind == "dense" else "qwen3_moe", tie_embeddings=True, num_layers=12))
+    if kind == "mixed":
+        spec = replace(spec, top_k=3, moe_layers=tuple(range(6, 12)), norm_topk_prob=False)
+    write_json(tmp_path / "config.json", family(spec.family).write_config(spec))
+    names = ["pp2vpp2", "tp2cp2", "dp2", "pp2+selective", *(["etp2", "tp2ep2"] if spec.is_moe else [])]
+    found = compare_layouts(Config(model=Model(path=str(tmp_path))), names, dtype)
+    assert found.failed == [] and {row.layout.name for row in found.rows} == set(names)
 
 
 def compare_with_faults(cfg: Config, faults: dict[str, str], names: list[str]) -> tuple[Comparison, list[str]]:
