@@ -190,6 +190,8 @@ class SFT(Section):
     """Steps between validation losses; 0 = only at the end."""
     steps: Positive = 200
     """Optimizer steps, at most."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the routers' load balancing loss, taken over each micro-batch."""
     stop_at_loss: Annotated[float, Field(gt=0)] | None = None
     """End before `steps` once the mean training loss of the last 10 steps is below this; none: never."""
     batch_size: Positive = 128
@@ -354,6 +356,8 @@ class RL(Section):
     means that the record is misaligned, and ends the run."""
     freeze_router: bool = False
     """The routers keep their weights."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the routers' load balancing loss, from live routing whatever is replayed; RL is usually better without."""
 
 
 class Rollout(Section):

@@ -37,7 +37,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
-from megatron.core.utils import get_model_config  # noqa: E402
+from megatron.core.utils import get_attr_wrapped_model, get_model_config  # noqa: E402
 
 Role = Literal["policy", "reference", "critic", "reward"]
 # (the micro-batch's tokens that this rank scores, on the device, *what the role's output is read as, shards) -> its share
@@ -75,18 +75,20 @@ class Policy:
         temperature: float = 1.0,
         routing: bool = False,
         freeze_router: bool = False,
+        aux_loss_coef: float = 0.0,
     ) -> None:
         """`routing`: passes record what the routers choose, and replay `MicroBatch.experts`; of an MoE model.
 
-        `freeze_router`: training leaves the routers' weights alone.
+        `freeze_router`: training leaves the routers' weights alone. `aux_loss_coef`: of the routers' load balancing loss,
+        the mean over micro-batches, from live routing even under replay.
         """
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
         self.layout = batch_layout(spec, cfg.parallel, mesh)  # what the micro-batches of this model must be packed for
-        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel)
+        self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         self.dtype = DTYPES[cfg.model.dtype]
-        self._modules = build_model(spec, cfg.model, mesh, cfg.parallel)
+        self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
                 parameter.requires_grad = not name.endswith("mlp.router.weight")
@@ -264,7 +266,8 @@ class Policy:
         def step(data: Iterator, model: Any) -> tuple[Tensor, Callable]:
             micro_batch, row = next(data)
             tokens = micro_batch.tokens.to(platform.device())[None]
-            out = model(tokens, row.position_ids[None], None, packed_seq_params=row)
+            padding = self._padding(micro_batch, model) if self.config.moe_aux_loss_coeff else {}
+            out = model(tokens, row.position_ids[None], None, packed_seq_params=row, **padding)
             if collect:
                 return out, lambda out, non_loss_data=True: last_stage(micro_batch, out)
             return out, lambda out: last_stage(micro_batch, out)
@@ -285,6 +288,17 @@ class Policy:
         routing = [row.routing for row in rows]
         self.routing.finish(routing, uses=1 if forward_only or self.config.recompute_granularity is None else 2)
         return collected, routing
+
+    def _padding(self, micro_batch: MicroBatch, model: Any) -> dict[str, Tensor]:
+        """Rows that the load balancing loss leaves out.
+
+        Megatron's documentation has the mask the other way round, and it takes the sequence-parallel part of it on the
+        first pipeline stage only.
+        """
+        padding = (micro_batch.held < 0).to(platform.device())
+        if not get_attr_wrapped_model(model, "pre_process"):
+            padding = padding.view(self.mesh.tp, -1)[self.mesh.tp_rank]
+        return {"padding_mask": padding[None]}
 
     def _row(self, micro_batch: MicroBatch) -> PackedRow:
         device = platform.device()

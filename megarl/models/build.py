@@ -42,8 +42,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
 
 
-def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -> TransformerConfig:
-    """Megarl's `model` and `parallel` sections for `spec` on the layout of `mesh`, as Megatron's configuration."""
+def transformer_config(
+    spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel, aux_loss_coef: float = 0.0
+) -> TransformerConfig:
+    """Megarl's `model` and `parallel` sections for `spec` on the layout of `mesh`, as Megatron's configuration.
+
+    `aux_loss_coef`: of the load balancing loss (Switch Transformer, arXiv 2101.03961) of each packed row; 0: none.
+    """
     dtype = DTYPES[model.dtype]
     moe: dict[str, Any] = {}
     if spec.is_moe:
@@ -53,7 +58,8 @@ def transformer_config(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Para
             moe_ffn_hidden_size=spec.moe_intermediate_size,
             moe_layer_freq=[int(layer in spec.moe_layers) for layer in range(spec.num_layers)],
             moe_router_pre_softmax=not spec.norm_topk_prob,
-            moe_router_load_balancing_type="none",
+            moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
+            moe_aux_loss_coeff=aux_loss_coef,
             # the router computes at least as precisely as the rest
             moe_router_dtype=ROUTER_DTYPES["float64" if model.dtype == "float64" else model.router_dtype],
             moe_grouped_gemm=False,
@@ -134,7 +140,9 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
     )
 
 
-def build_model(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -> list[GPTModel]:
+def build_model(
+    spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel, aux_loss_coef: float = 0.0
+) -> list[GPTModel]:
     """This rank's chunks of the model (one, or one per virtual stage), with uninitialised weights.
 
     The last stage ends in an `LMHead` and outputs hidden states `[1, n, H]`; with `spec.head == "scalar"`, in a
@@ -143,7 +151,7 @@ def build_model(spec: ModelSpec, model: Model, mesh: Mesh, parallel: Parallel) -
     """
     if model.layers == "te":
         raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
-    config = transformer_config(spec, model, mesh, parallel)
+    config = transformer_config(spec, model, mesh, parallel, aux_loss_coef)
     model_parallel_cuda_manual_seed(1)
     chunks = []
     for stage in range(mesh.vpp or 1):

@@ -86,6 +86,7 @@ class RLTrainer:
                 temperature=cfg.rollout.temperature,
                 routing=rl.routing_replay != "none" or cfg.log.routing_tokens > 0,
                 freeze_router=rl.freeze_router,
+                aux_loss_coef=rl.router_aux_loss_coef,
             )
             self.watch = self._routing_watch()
             self.reference = self._reference()
@@ -143,7 +144,7 @@ class RLTrainer:
                 merge(metrics, replay_rollout(self.policy, [micro for part in packed for micro in part]))
         if self.watch is not None:
             with phases("routing"):
-                merge(metrics, self.watch.before(parts[0]))
+                merge(metrics, self.watch.before(parts[0], noise=number == 1))
         with phases("old_log_probs"):
             merge(metrics, self.recorded_passes(packed))
         with phases("prepare"):

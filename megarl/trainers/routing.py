@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -87,8 +87,8 @@ class RoutingWatch:
 
     Routing is live in both, whatever is replayed. Three comparisons of response tokens: the engine against the learner
     with the same weights (`routing/engine_*`, when the engine records experts), the learner before against after the
-    update (`routing/update_*`), and once two passes with the same weights (`routing/noise_*`), the floor of both.
-    `most_changed`: the largest share of experts, in any layer, that engine and learner may choose differently.
+    update (`routing/update_*`), and in a run's first step two passes with the same weights (`routing/noise_*`), the floor
+    of both. `most_changed`: the largest share of experts, in any layer, that engine and learner may choose differently.
     """
 
     policy: Policy
@@ -97,19 +97,17 @@ class RoutingWatch:
     most_changed: float
     _micro: MicroBatch | None = None
     _before: _Reading | None = None
-    _has_noise: bool = field(default=False)
 
-    def before(self, batch: Batch) -> dict[str, Metric]:
-        """Choose sequences of `batch`, the same on every rank, and read them. Collective.
+    def before(self, batch: Batch, noise: bool) -> dict[str, Metric]:
+        """Choose sequences of `batch`, the same on every rank, and read them; twice for the noise floor. Collective.
 
         Raises RunFailed when the engine's record cannot be of these tokens: rows or layers are misaligned.
         """
         self._micro = self._choose(batch)
         self._before = self._read()
         metrics: dict[str, Metric] = {}
-        if not self._has_noise:
+        if noise:
             metrics |= self._drift(self._before.experts, self._read().experts).metrics("routing/noise")
-            self._has_noise = True
         if self._micro.batch.routed_experts is not None:
             drift = self._drift(self.policy.routing.local(self._micro), self._before.experts, self._sampled_now())
             metrics |= self._compare(drift, "routing/engine")

@@ -70,7 +70,14 @@ class SFTTrainer:
         self.cfg, self.mesh, sft = cfg, mesh, cfg.sft
         path = starting_checkpoint(cfg, mesh)
         with task("load data and model", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.policy = Policy.from_hf(path, cfg, mesh, optimizer=sft.optimizer, total_steps=sft.steps)
+            self.policy = Policy.from_hf(
+                path,
+                cfg,
+                mesh,
+                optimizer=sft.optimizer,
+                total_steps=sft.steps,
+                aux_loss_coef=sft.router_aux_loss_coef,
+            )
             tokenizer = load_tokenizer(path, cfg.model.chat_template)
             longest = sft.max_tokens or self.policy.spec.max_position_embeddings
             held_out = {p.text for p in load_eval_prompts(cfg.eval.data, tokenizer, longest)}

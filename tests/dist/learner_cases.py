@@ -39,13 +39,13 @@ def negative_log_likelihood(batch: Batch, log_probs: Any, entropy: Any, shards: 
 
 
 def train(
-    path: str, parallel: dict[str, Any], budget: int, dtype: str = "float32", steps: int = 3
+    path: str, parallel: dict[str, Any], budget: int, dtype: str = "float32", steps: int = 3, **router: Any
 ) -> list[list[float]]:
     """[loss, entropy, gradient norm] of each step, then the sum of log-probs after the last one."""
     cfg = Config(model=Model(path=path, dtype=dtype), parallel=Parallel(**parallel))
     mesh = Mesh.build(cfg.parallel)
     settings = Optimizer(lr=1e-3, clip_grad=1.0, weight_decay=0.01)
-    policy = Policy.from_hf(path, cfg, mesh, optimizer=settings, total_steps=10)
+    policy = Policy.from_hf(path, cfg, mesh, optimizer=settings, total_steps=10, **router)
     batch = fixed_batch()
     packed = micro_batches(batch, budget, policy.layout)
     out = []
@@ -214,4 +214,21 @@ def recomputed(path: str, parallel: dict[str, Any]) -> dict[str, list[float]]:
         reference = reference or gradients
         gap = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(gradients, reference, strict=True))
         out[mode] = [gap, kept.most / 2**20]
+    return out
+
+
+def router_moves(path: str) -> list[dict[str, float]]:
+    """How far the routers' and the other weights move in two steps: with free routers, and with frozen ones."""
+    cfg = Config(model=Model(path=path))
+    mesh, out = Mesh.build(cfg.parallel), []
+    for frozen in (False, True):
+        policy = Policy.from_hf(path, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10, freeze_router=frozen)
+        before = {name: p.detach().clone() for name, p in policy.modules[0].named_parameters()}
+        packed = micro_batches(fixed_batch(), 400, policy.layout)
+        for _ in range(2):
+            assert policy.train_step(packed, negative_log_likelihood).applied
+        moved = {name: float((p - before[name]).abs().max()) for name, p in policy.modules[0].named_parameters()}
+        routers = [gap for name, gap in moved.items() if "router" in name]
+        others = [gap for name, gap in moved.items() if "router" not in name]
+        out.append({"routers": max(routers), "others": min(others)})
     return out

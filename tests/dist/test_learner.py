@@ -125,3 +125,48 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(checkpo
         # an MoE layer as one node of the graph adds up the gradients of router and experts before the rest: rounding
         assert gaps[0] == gaps[2] == 0.0 and gaps[1] < 5e-6
         assert kept[0] > 1.2 * kept[1] and kept[1] > 1.5 * kept[2], kept
+
+
+AUX = 0.3
+
+
+@pytest.fixture(scope="module")
+def balanced(checkpoint):
+    return run_ranks(CASE, 1, checkpoint, {}, 400, "float32", 2, aux_loss_coef=AUX)[0]
+
+
+def test_the_load_balancing_loss_is_that_of_switch_transformers(checkpoint, balanced):
+    """Independent source: transformers' router logits, and the formula of arXiv 2101.03961 written out, layer by layer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.dist.learner_cases import fixed_batch
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    batch, total, logits = fixed_batch(), 0.0, []
+    for s in range(len(batch)):
+        one = batch.select([s])
+        out = model(one.tokens[None], output_router_logits=True)
+        log_probs = torch.log_softmax(out.logits[0, :-1].float(), -1).gather(1, one.tokens[1:, None])[:, 0]
+        total = total - (one.token_weights[1:] * log_probs).sum()
+        logits.append(torch.stack(out.router_logits))
+    scores = torch.cat(logits, dim=1).softmax(-1)  # [layers, tokens, E]
+    layers, tokens, experts = scores.shape
+    chosen = torch.zeros_like(scores).scatter_(2, scores.topk(2).indices, 1.0)
+    aux = (experts * chosen.sum(1) / (2 * tokens) * scores.sum(1) / tokens).sum()
+    (total + AUX * aux).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert balanced[0][2] == pytest.approx(norm.item(), rel=5e-5)
+
+
+@pytest.mark.parametrize("nproc, parallel", [(2, dict(cp=2, recompute="full")), (4, dict(tp=2, pp=2))])
+def test_the_load_balancing_loss_is_that_of_the_whole_row(checkpoint, balanced, nproc, parallel):
+    """Padding, which differs between layouts, has no say in it."""
+    for rank in run_ranks(CASE, nproc, checkpoint, parallel, 400, "float32", 2, aux_loss_coef=AUX):
+        for mine, expected in zip(rank, balanced, strict=True):
+            assert mine == pytest.approx(expected, rel=2e-5)
+
+
+def test_a_frozen_router_keeps_its_weights(checkpoint):
+    free, frozen = run_ranks("tests.dist.learner_cases:router_moves", 1, checkpoint)[0]
+    assert frozen["routers"] == 0.0 < free["routers"] and frozen["others"] > 0.0

@@ -24,7 +24,7 @@ COMMAND = (sys.executable, "-m", "megarl")
 STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C, SIGTERM
 HEADER = (
     f"{'layout':<22} {'ranks':>5}  {'loss of':<7} {'loss':>8} {'norm':>8} {'sgd':>8} {'adam':>8} {'gradient':>8}"
-    "  largest in"
+    "  verdict, tensor of the largest gradient difference"
 )
 
 
@@ -52,7 +52,7 @@ class Row:
         """A line of the table."""
         (gradient, name), (sgd, _), (adam, _) = (self.tensors[what] for what in ("gradient", "sgd", "adam"))
         numbers = " ".join(f"{x:>8.1e}" for x in (self.loss, self.grad_norm, sgd, adam, gradient))
-        verdict = f"FAIL: {', '.join(self.misses)}" if self.misses else name
+        verdict = f"FAIL: {', '.join(self.misses)}" if self.misses else f"ok {name}"
         return f"{self.layout.name:<22} {self.layout.world:>5}  {self.loss_name:<7} {numbers}  {verdict}"
 
 

@@ -88,6 +88,8 @@ class _Run:
         return result
 
     def _policy(self, loss: Loss, optimizer: Optimizer, sharded: bool) -> Policy:
+        """A fresh model. Gradients are read where every rank has them whole: only a `sharded` one may have the layout's
+        distributed optimizer."""
         distributed = sharded and self.layout.parallel().distributed_optimizer
         parallel = self.layout.parallel(distributed_optimizer=distributed)
         cfg = self.cfg.model_copy(update={"parallel": parallel})
