@@ -6,7 +6,6 @@ import pytest
 
 from tests.dist.checkpoints import make
 from tests.dist.harness import run_ranks
-from tests.dist.routing_cases import FAULTS
 from tests.dist.vllm_cases import make_checkpoint
 
 REPLAYS, ENGINE = "tests.dist.routing_cases:replays", "tests.dist.routing_cases:engine"
@@ -19,6 +18,7 @@ TWO = {
     "ep2 all-gather": dict(ep=2, dispatcher="allgather"),
 }
 FOUR = {"tp2ep2pp2": dict(tp=2, ep=2, pp=2)}
+DENSE_STAGE = "pp2 with a stage of dense layers"
 BUDGET = 60
 
 
@@ -30,25 +30,28 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(checkpoint):
-    return run_ranks(REPLAYS, 2, checkpoint, TWO, BUDGET)
+def two(checkpoint, tmp_path_factory):
+    mixed = tmp_path_factory.mktemp("mixed")
+    make(mixed, mlp_only_layers=[0, 1])
+    layouts = {name: (checkpoint, degrees) for name, degrees in TWO.items()}
+    return run_ranks(REPLAYS, 2, layouts | {DENSE_STAGE: (str(mixed), dict(pp=2))}, BUDGET)
 
 
 @pytest.fixture(scope="module")
 def four(checkpoint):
-    return run_ranks(REPLAYS, 4, checkpoint, FOUR, BUDGET)
+    return run_ranks(REPLAYS, 4, {name: (checkpoint, degrees) for name, degrees in FOUR.items()}, BUDGET)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+@pytest.mark.parametrize("layout", [*TWO, DENSE_STAGE, *FOUR])
 def test_replay_at_the_same_weights_is_exact(request, layout, recompute):
-    for rank in request.getfixturevalue("two" if layout in TWO else "four"):
+    for rank in request.getfixturevalue("four" if layout in FOUR else "two"):
         assert rank[layout][recompute] == []
 
 
 @pytest.mark.parametrize("layout", [*TWO, *FOUR])
 def test_a_bad_record_is_refused_and_the_layer_named(request, layout):
-    said = [rank[layout]["faults"] for rank in request.getfixturevalue("two" if layout in TWO else "four")]
+    said = [rank[layout]["faults"] for rank in request.getfixturevalue("four" if layout in FOUR else "two")]
     for good, shifted, swapped, *_ in said:
         assert good == ""
         assert "(layer 0: " in shifted  # at later layers of this model most tokens take the same experts
@@ -58,7 +61,11 @@ def test_a_bad_record_is_refused_and_the_layer_named(request, layout):
     assert any("layer 2: expert 8 is recorded, and the policy has 8" in line for line in outside)
     assert any("layer 1: an expert is recorded twice for one token: [5, 5]" in line for line in twice)
     assert all("3, 2), and the policy needs" in line and "4, 2)" in line for line in short)
-    assert len(FAULTS) == 5
+
+
+def test_a_stage_of_dense_layers_records_nothing_and_is_watched_too(two):
+    for rank in two:
+        assert rank[DENSE_STAGE]["faults"] == [""]
 
 
 @pytest.fixture(scope="module")
