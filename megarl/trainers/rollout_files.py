@@ -27,6 +27,18 @@ def check_files(folder: Path, steps: int) -> None:
             )
 
 
+def check_experts(folder: Path, layers: int, top_k: int) -> None:
+    """Raises BadInput unless the first trajectory has the experts of every token in `layers` MoE layers, `top_k` each."""
+    path = rollout_file(folder, 1)
+    routed = read_groups(path)[0].trajectories[0].routed_experts
+    if routed is None or routed.shape[1:] != (layers, top_k):
+        found = "no experts" if routed is None else f"{routed.shape[1]} MoE layers with {routed.shape[2]} experts a token"
+        raise BadInput(
+            f"{path}: {found} recorded, and the model has {layers} MoE layers with {top_k}; "
+            "set rl.routing_replay to none or old"
+        )
+
+
 def write_groups(path: Path, groups: list[PromptGroup]) -> None:
     """Write every trajectory of the groups; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
