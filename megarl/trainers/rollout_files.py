@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,7 +79,8 @@ def to_row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
     """One trajectory with its prompt as a JSON object."""
     routed = None
     if t.routed_experts is not None:
-        routed = {"dtype": str(t.routed_experts.dtype), "values": t.routed_experts.tolist()}
+        experts = np.ascontiguousarray(t.routed_experts)  # one or two bytes each: as numbers they would fill the file
+        routed = {"dtype": str(experts.dtype), "shape": experts.shape, "base64": base64.b64encode(experts).decode()}
     return {
         "group_id": t.group_id,
         "sample_index": t.sample_index,
@@ -125,9 +127,13 @@ def from_row(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
         finish_reason=row["finish_reason"],
         policy_version=np.array(row["policy_version"], np.int32),
         text=row["response"],
-        routed_experts=None if routed is None else np.array(routed["values"], routed["dtype"]),
+        routed_experts=None if routed is None else _experts(routed),
         score=row["score"],
         shaped_reward=row["shaped_reward"],
         reward_failed=row["reward_failed"],
         rewards=row.get("rewards", {}),
     )
+
+
+def _experts(saved: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(saved["base64"]), saved["dtype"]).reshape(saved["shape"]).copy()

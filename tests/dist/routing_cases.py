@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,10 @@ platform.setup()
 from megarl.algorithms import PRESETS  # noqa: E402
 from megarl.config.schema import Config, Model, Optimizer, Parallel  # noqa: E402
 from megarl.data.packing import micro_batches  # noqa: E402
-from megarl.errors import RunFailed  # noqa: E402
+from megarl.errors import BadInput, RunFailed  # noqa: E402
 from megarl.learner.policy import Policy  # noqa: E402
 from megarl.metrics import reduce_metrics  # noqa: E402
-from megarl.models.moe.replay import LIVE, RowRouting  # noqa: E402
+from megarl.models.moe.replay import LIVE, RoutingReplay, RowRouting  # noqa: E402
 from megarl.parallel import Mesh  # noqa: E402
 from megarl.trainers.routing import RoutingWatch, own_rows, replay_recorded, replay_rollout  # noqa: E402
 from megarl.types import Batch, MicroBatch, Prompt, PromptGroup  # noqa: E402
@@ -228,7 +229,15 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     back = read_groups(file)
     batch = rl_batch.assemble(back, PRESETS["gspo"])
     packed = micro_batches(batch, 220, policy.layout)
-    lines, problems = RoutingCheck(Config(model=Model(path=path), parallel=degrees), policy, packed).run()
+    cfg = Config(model=Model(path=path), parallel=degrees)
+    lines, problems = RoutingCheck(cfg, policy, packed).run()
+    bad = {}
+    for name in ("shifted", "swapped"):
+        spoiled = batch.replace(routed_experts=FAULTS[name](batch.routed_experts))
+        bad[name] = RoutingCheck(cfg, policy, micro_batches(spoiled, 220, policy.layout)).run()[1]
+    plain_begin = RoutingReplay.begin
+    RoutingReplay.begin = lambda self, *args: _off_by_one(plain_begin(self, *args), layer=1)
+    bad["replay"] = RoutingCheck(cfg, policy, packed).run()[1][-1:]
     ids = torch.cat([micro.experts.flatten() for micro in packed])
     return {
         "cached": cached[0],
@@ -245,7 +254,36 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         "distinct": len(ids.unique()),
         "lines": lines,
         "problems": problems,
+        "bad": bad,
+        "refused": _refused(sampler, path),
     }
+
+
+def _off_by_one(row: RowRouting, layer: int) -> RowRouting:
+    """The experts that one layer is given are not those that were asked for."""
+    for replay in row.owner.layers:
+        if row.experts is not None and replay.number == layer:
+            experts = row.experts[replay.index]
+            row.experts[replay.index] = torch.where(experts < 0, experts, (experts + 1) % row.owner.spec.num_experts)
+    return row
+
+
+def _refused(sampler: Any, path: str) -> list[str]:
+    """What is said of a vLLM that records nothing, and of records with a layer or an expert too many."""
+    from megarl.platform import vllm_patches
+
+    said = []
+    vllm_patches.records_routing = lambda: False
+    for attempt in (
+        lambda: sampler._start(path, "float32", False),
+        lambda: sampler._moe_rows([np.zeros((2, 5, 3), np.uint8)]),
+        lambda: sampler._moe_rows([np.zeros((2, 4, 4), np.uint8)]),
+    ):
+        try:
+            attempt()
+        except (BadInput, RunFailed) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def _few_tokens_a_step(plain: Any, *args: Any, **kwargs: Any) -> Any:

@@ -86,3 +86,11 @@ def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
         assert rank["dtypes"] == ["uint16", "uint16", "torch.int16", "torch.int16"]
         assert rank["kept"] and rank["largest"] > 255 and rank["distinct"] > 100
         assert "equal bit for bit" in rank["lines"][-2]
+        shifted = rank["bad"]["shifted"][0]
+        assert shifted.startswith("layer 0: ") and "and not by a near-tie" in shifted
+        assert [line.split(":")[0] for line in rank["bad"]["swapped"]] == ["layer 1", "layer 2"]
+        assert rank["bad"]["replay"][0].endswith("from layer 1 on")
+        start, layers, experts = rank["refused"]
+        assert start.startswith("BadInput: rollout.routed_experts = true: vLLM ") and "does not record experts" in start
+        assert layers.endswith("vLLM recorded 5 layers with 3 experts a token, the model has 4 MoE layers with 3")
+        assert experts.endswith("vLLM recorded 4 layers with 4 experts a token, the model has 4 MoE layers with 3")

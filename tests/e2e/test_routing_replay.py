@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -31,7 +32,8 @@ def ranks(trained: Project, tmp_path_factory: pytest.TempPathFactory) -> list[di
     rows = [json.loads(line) for line in (trained.run / "rl/rollouts/step_000001.jsonl").open()]
     for row in rows:
         count = len(row["prompt_ids"]) + len(row["response_ids"]) - 1
-        row["routed_experts"] = {"dtype": "uint8", "values": np.zeros((count, 3, 2), int).tolist()}
+        experts = base64.b64encode(np.zeros((count, 3, 2), np.uint8)).decode()
+        row["routed_experts"] = {"dtype": "uint8", "shape": [count, 3, 2], "base64": experts}
     (folder / "rollouts" / "step_000001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run_ranks("tests.e2e.cases:train_with_records", 2, str(project.config), [OLD, PPO], rollouts, timeout=290)
 
