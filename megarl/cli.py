@@ -245,6 +245,24 @@ def sync(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -
 
 
 @verify_app.command()
+def routing(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Compare the engine's record of experts with the learner's routing, and replay it. Exit code 1 on a difference.
+
+    Example: [bold]megarl verify routing configs/cpu/quickstart.yaml parallel.ep=2[/bold]
+    """
+    from megarl.config import load_config
+
+    cfg = load_config(config, overrides or (), require="routing")
+
+    def work() -> None:
+        from megarl.verify.routing import verify_routing
+
+        verify_routing(cfg)
+
+    _run_ranks(cfg, "verify", nproc, work)
+
+
+@verify_app.command()
 def layouts(
     config: ConfigFile,
     overrides: Overrides = None,

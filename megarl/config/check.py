@@ -12,7 +12,7 @@ from megarl.config.layouts import Shape, check_layout
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
 
-Command = Literal["sft", "reward_model", "rl", "eval", "sync", "model"]
+Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
 FAMILIES = ("qwen3_moe", "qwen3")
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
@@ -27,7 +27,7 @@ def check_config(config: Config, require: Command | None = None) -> None:
     _check_rewards(config, require)
     shapes = _shapes(config, require)
     if shapes:
-        _check_shape(config, shapes[0].config)
+        _check_shape(config, shapes[0].config, require)
         _check_lengths(config, shapes[0].config["max_position_embeddings"])
     check_layout(config, shapes, config.parallel.nproc)
 
@@ -111,7 +111,7 @@ def _read_config_json(file: Path) -> dict[str, Any]:
 
 
 def _check_software(config: Config, require: Command | None) -> None:
-    if config.model.dtype == "float64" and require in ("rl", "eval", "sync"):
+    if config.model.dtype == "float64" and require in ("rl", "eval", "sync", "routing"):
         raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
@@ -223,7 +223,7 @@ def _check_reward_model(config: Config, key: str, path: Any) -> None:
         )
 
 
-def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
+def _check_shape(config: Config, shape: Mapping[str, Any], require: Command | None) -> None:
     """The model can be what its config.json says, whatever the layout."""
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     if heads % kv_heads:
@@ -239,6 +239,10 @@ def _check_shape(config: Config, shape: Mapping[str, Any]) -> None:
             raise BadInput(
                 f"model: {shape['num_experts_per_tok']} experts per token of {shape['num_experts']}; lower top_k"
             )
+    elif require == "routing":
+        raise BadInput(
+            f"model.path = {config.model.path!r}: a dense model routes nothing; verify routing needs a mixture of experts"
+        )
     elif config.rollout.routed_experts:
         raise BadInput("rollout.routed_experts = true: a dense model has no experts; set it to false")
     elif config.rl is not None and config.rl.routing_replay != "none":

@@ -13,7 +13,8 @@ from torch import Tensor
 from megarl.errors import BadInput
 from megarl.types import Batch, MicroBatch
 
-PACKING = ("tokens", "position_ids", "cu_seqlens", "targets", "last_rows")
+PACKING = ("tokens", "position_ids", "cu_seqlens", "targets", "last_rows")  # every micro-batch has them
+REPLAY = "experts"  # only where routing is replayed
 
 
 def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
@@ -21,6 +22,7 @@ def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
     tensors: dict[str, Tensor] = {}
     for number, micro in enumerate(micro_batches):
         tensors |= {f"{number}.{name}": getattr(micro, name) for name in PACKING}
+        tensors |= {} if micro.experts is None else {f"{number}.{REPLAY}": micro.experts}
         values = {item.name: getattr(micro.batch, item.name) for item in fields(Batch)}
         tensors |= {f"{number}.batch.{name}": value for name, value in values.items() if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +41,7 @@ def load_micro_batches(path: Path) -> list[MicroBatch]:
             MicroBatch(
                 Batch(**{name: tensors.get(f"{number}.batch.{name}") for name in names}),
                 *(tensors[f"{number}.{name}"] for name in PACKING),
+                tensors.get(f"{number}.{REPLAY}"),
             )
             for number in range(count)
         ]

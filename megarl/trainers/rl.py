@@ -37,7 +37,7 @@ from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
 from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
 from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
-from megarl.trainers.rollout_files import check_files, read_groups, rollout_file, write_groups
+from megarl.trainers.rollout_files import check_experts, check_files, read_groups, rollout_file, write_groups
 from megarl.trainers.routing import RoutingWatch, replay_recorded, replay_rollout, routed_load
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
@@ -87,6 +87,8 @@ class RLTrainer:
                 freeze_router=rl.freeze_router,
                 aux_loss_coef=rl.router_aux_loss_coef,
             )
+            if from_rollouts is not None and rl.routing_replay == "rollout":
+                check_experts(from_rollouts, len(self.policy.spec.moe_layers), self.policy.spec.top_k)
             self.watch = self._routing_watch()
             self.reference = self._reference()
             self.critic = self._critic()

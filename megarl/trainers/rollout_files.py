@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,18 @@ def check_files(folder: Path, steps: int) -> None:
                 f"{rollout_file(folder, step)}: no such file; --from-rollouts needs one for each of the {steps} steps "
                 f"(log.rollouts_every: 1 writes them); set rl.steps to {step - 1 or 'what the folder has'}"
             )
+
+
+def check_experts(folder: Path, layers: int, top_k: int) -> None:
+    """Raises BadInput unless the first trajectory has the experts of every token in `layers` MoE layers, `top_k` each."""
+    path = rollout_file(folder, 1)
+    routed = read_groups(path)[0].trajectories[0].routed_experts
+    if routed is None or routed.shape[1:] != (layers, top_k):
+        found = "no experts" if routed is None else f"{routed.shape[1]} MoE layers with {routed.shape[2]} experts a token"
+        raise BadInput(
+            f"{path}: {found} recorded, and the model has {layers} MoE layers with {top_k}; "
+            "set rl.routing_replay to none or old"
+        )
 
 
 def write_groups(path: Path, groups: list[PromptGroup]) -> None:
@@ -66,7 +79,8 @@ def to_row(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
     """One trajectory with its prompt as a JSON object."""
     routed = None
     if t.routed_experts is not None:
-        routed = {"dtype": str(t.routed_experts.dtype), "values": t.routed_experts.tolist()}
+        experts = np.ascontiguousarray(t.routed_experts)  # one or two bytes each: as numbers they would fill the file
+        routed = {"dtype": str(experts.dtype), "shape": experts.shape, "base64": base64.b64encode(experts).decode()}
     return {
         "group_id": t.group_id,
         "sample_index": t.sample_index,
@@ -113,9 +127,13 @@ def from_row(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
         finish_reason=row["finish_reason"],
         policy_version=np.array(row["policy_version"], np.int32),
         text=row["response"],
-        routed_experts=None if routed is None else np.array(routed["values"], routed["dtype"]),
+        routed_experts=None if routed is None else _experts(routed),
         score=row["score"],
         shaped_reward=row["shaped_reward"],
         reward_failed=row["reward_failed"],
         rewards=row.get("rewards", {}),
     )
+
+
+def _experts(saved: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(saved["base64"]), saved["dtype"]).reshape(saved["shape"]).copy()

@@ -61,6 +61,14 @@ def routed_load(policy: Policy, micro_batches: Sequence[MicroBatch], routing: Se
     return load_metrics(layers, torch.cat(experts, dim=1).cpu(), torch.cat(masks), policy.spec.num_experts)
 
 
+def changed_layers(drift: Drift, mesh: Mesh) -> Tensor:
+    """[m]: in how many layers of the whole model a row's experts differ. Collective over the pipeline."""
+    changed = drift.changed_layers
+    if mesh.pp > 1:
+        dist.all_reduce(changed, group=mesh.pp_group)
+    return changed
+
+
 @dataclass
 class _Reading:
     """The watched sequences as one model saw them: log-probs [N] (empty off the last stage) and what the routers did."""
@@ -104,7 +112,7 @@ class RoutingWatch:
         if noise:
             metrics |= self._drift(self._before.experts, self._read().experts).metrics("routing/noise")
         if self._micro.batch.routed_experts is not None:
-            drift = self._drift(self.policy.routing.local(self._micro), self._before.experts)
+            drift = self._drift(self.policy.routing.local(self._micro), self._before.experts, self._sampled_now())
             metrics |= self._compare(drift, "routing/engine")
             gap = self._gap(self._before.log_probs, self._micro.batch.rollout_log_probs)
             metrics |= self._correlation(drift, gap, "routing/engine_gap_correlation")
@@ -135,35 +143,33 @@ class RoutingWatch:
                     mine.append(index)
                     used += size
             chosen.append((used, mine))
-        rows = max(used for used, _ in chosen) if layout.equal_rows else 0
+        rows = -(-max(used for used, _ in chosen) // layout.multiple) * layout.multiple if layout.equal_rows else 0
         return pack(batch, chosen[layout.dp_rank][1], layout, rows)
 
     def _read(self) -> _Reading:
         log_probs, routing = self.policy.read([self._micro] * self.policy.layout.count_multiple)
         return _Reading(log_probs[0] if log_probs else None, routing[0])
 
-    def _drift(self, first: Tensor, second: Tensor) -> Drift:
-        mask = own_rows(self._micro.routed_rows, self.policy.mesh)
+    def _sampled_now(self) -> Tensor:
+        """[n] bool: rows of tokens sampled with the weights of now; groups carried over, or read from files, have others."""
+        version = self._micro.batch.policy_version[self._micro.held.clamp(min=0)]
+        return self._micro.routed_rows & (version == self.policy.updates)
+
+    def _drift(self, first: Tensor, second: Tensor, rows: Tensor | None = None) -> Drift:
+        mask = own_rows(self._micro.routed_rows if rows is None else rows, self.policy.mesh)
         layers = [layer.number for layer in self.policy.routing.layers]
         return Drift.between(layers, first, second, mask)
 
     def _compare(self, drift: Drift, prefix: str) -> dict[str, Metric]:
         metrics = drift.metrics(prefix)
-        changed = self._changed_layers(drift)
+        changed = changed_layers(drift, self.policy.mesh)
         if self.policy.mesh.is_last_stage:
             metrics[f"{prefix}_token_any"] = Mean.of(changed > 0, drift.mask)
         return metrics
 
-    def _changed_layers(self, drift: Drift) -> Tensor:
-        """[m]: in how many layers of the whole model a row's experts differ. Collective over the pipeline."""
-        changed, mesh = drift.changed_layers, self.policy.mesh
-        if mesh.pp > 1:
-            dist.all_reduce(changed, group=mesh.pp_group)
-        return changed
-
     def _correlation(self, drift: Drift, per_token: Tensor | None, name: str) -> dict[str, Metric]:
         """Of the number of layers a row is routed differently in, and a number [N] of the token that it predicts."""
-        changed = self._changed_layers(drift)
+        changed = changed_layers(drift, self.policy.mesh)
         if per_token is None:
             return {}
         targets = own_rows(self._micro.targets, self.policy.mesh)

@@ -123,55 +123,6 @@ def sharded_log_probs(vocab: int, columns: int) -> dict[str, float]:
     return {name: float((a - b).abs().max().detach()) for name, (a, b) in pairs.items()}
 
 
-def replayed_routing(path: str, parallel: dict[str, Any]) -> dict[str, bool]:
-    """Specification, unit test U9: a pass that replays the experts recorded by the old pass gives its log-probs."""
-    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-
-    from megarl.models import build
-
-    plain = build.transformer_config
-
-    def with_replay(*args: Any) -> Any:
-        config = plain(*args)
-        config.moe_enable_routing_replay = True
-        return config
-
-    build.transformer_config = with_replay
-    cfg = Config(model=Model(path=path), parallel=Parallel(**parallel))
-    mesh = Mesh.build(cfg.parallel)
-    policy = Policy.from_hf(path, cfg, mesh, optimizer=Optimizer(lr=3e-2), total_steps=10)
-    packed = micro_batches(fixed_batch(), 400, policy.layout)
-    assert len(packed) == 1  # Megatron keeps one record a layer
-    seen: list[torch.Tensor] = []
-
-    def loss(batch: Batch, log_probs: Any, entropy: Any, shards: Any) -> Any:
-        seen.append(log_probs.detach().clone())
-        return negative_log_likelihood(batch, log_probs, entropy, shards)
-
-    def record() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
-        log_probs = policy.log_probs(packed)[0][0]
-        return log_probs, [indices.clone() for indices in RouterReplay.get_recorded_data()]
-
-    def replay(experts: list[torch.Tensor]) -> torch.Tensor:
-        RouterReplay.set_replay_data(experts)
-        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-        return policy.log_probs(packed)[0][0]
-
-    old, experts = record()
-    at_old = replay(experts)
-    for _ in range(2):  # the first step is at the old weights, and leaves them
-        assert policy.train_step(packed, loss).applied
-    new, live = record()
-    return {
-        "the old pass again": torch.equal(at_old, old),
-        "the update's pass": torch.equal(seen[0], old[packed[0].owned]),
-        "other experts now": any(not torch.equal(a, b) for a, b in zip(experts, live, strict=True)),
-        "the old experts are used": not torch.equal(replay(experts), new),
-        "its own experts again": torch.equal(replay(live), new),
-    }
-
-
 class KeptForBackward:
     """Hooks that count the bytes autograd keeps, each storage once, and remember the most at any time."""
 

@@ -112,12 +112,6 @@ def test_losses_are_those_of_transformers(checkpoint, single):
         assert [mine[0], mine[2]] == pytest.approx(expected, rel=5e-5)
 
 
-@pytest.mark.parametrize("parallel", [{}, dict(ep=2)])
-def test_replayed_experts_give_the_old_log_probs_bit_for_bit(checkpoint, parallel):
-    ranks = run_ranks("tests.dist.learner_cases:replayed_routing", parallel.get("ep", 1), checkpoint, parallel)
-    assert [name for rank in ranks for name, holds in rank.items() if not holds] == []
-
-
 @pytest.mark.parametrize("parallel", [{}, dict(tp=2)])
 def test_recomputed_activations_give_the_same_gradients_from_less_memory(checkpoint, parallel):
     for modes in run_ranks("tests.dist.learner_cases:recomputed", parallel.get("tp", 1), checkpoint, parallel):

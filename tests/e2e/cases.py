@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -57,6 +58,77 @@ def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
     return "nothing was noticed"
 
 
+def _one_engine(rl: Any) -> None:
+    """All trainers of this process get the first one's engine."""
+    engines, start = [], rl.VLLMEngine
+
+    def one_engine(*args, **kwargs):
+        if not engines:
+            engines.append(start(*args, **kwargs))
+        return engines[0]
+
+    rl.VLLMEngine = one_engine
+
+
+def _one_step(trainer: Any) -> dict[str, float]:
+    try:
+        trainer.prepare()
+        return trainer.step(1)
+    finally:
+        trainer.loop.close()
+
+
+# what becomes of an engine's record [tokens, layers, k] before the trainer sees it
+RECORDS = {
+    "good": lambda rows: rows,
+    "shifted": lambda rows: np.roll(rows, 1, axis=0),
+    "swapped": lambda rows: rows[:, ::-1],
+    "outside": lambda rows: np.where(np.arange(rows[0].size).reshape(rows[0].shape) == 2, 8, rows),
+    "twice": lambda rows: rows[:, :, :1].repeat(2, axis=2),
+    "short": lambda rows: rows[:-1],
+    "none": lambda rows: None,
+}
+
+
+def train_with_records(config: str, modes: list[str], rollouts: dict[str, str]) -> dict[str, Any]:
+    """One step of `megarl train` that replays the engine's record, after each of `RECORDS`: its metrics, or its error.
+
+    Then with each of the overrides in `modes`, and with the trajectories of each folder of `rollouts`.
+    """
+    from megarl import platform
+
+    platform.setup()
+    from megarl.config import load_config
+    from megarl.errors import BadInput, RunFailed
+    from megarl.parallel import Mesh
+    from megarl.rewards import RewardRunner
+    from megarl.rollout.vllm_engine import VLLMEngine
+    from megarl.trainers import rl
+
+    _one_engine(rl)
+    out: dict[str, Any] = {}
+    cfg, plain = load_config(config), VLLMEngine._moe_rows
+    with RewardRunner(cfg.reward) as rewards:
+        mesh = Mesh.build(cfg.parallel)
+
+        def step(name: str, *overrides: str, folder: str | None = None) -> None:
+            own = [f"run_dir={cfg.run_dir}-{len(out)}", "rl.routing_replay=rollout", *overrides]
+            try:
+                out[name] = _one_step(rl.RLTrainer(load_config(config, own), mesh, rewards, folder and Path(folder)))
+            except (BadInput, RunFailed) as error:
+                out[name] = str(error)
+
+        for name, spoil in RECORDS.items():
+            VLLMEngine._moe_rows = lambda self, pieces, spoil=spoil: spoil(plain(self, pieces))
+            step(name)
+        VLLMEngine._moe_rows = plain
+        for override in modes:
+            step(override, override)
+        for name, folder in rollouts.items():
+            step(name, folder=folder)
+    return out
+
+
 def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]) -> dict[str, Any]:
     """`megarl train` with each preset and its overrides, one after the other in the same ranks; the rows of metrics.jsonl.
 
@@ -73,14 +145,7 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
     from megarl.trainers import rl
 
     cfg = load_config(config)
-    engines, start = [], rl.VLLMEngine
-
-    def one_engine(*args, **kwargs):
-        if not engines:
-            engines.append(start(*args, **kwargs))
-        return engines[0]
-
-    rl.VLLMEngine = one_engine
+    _one_engine(rl)
     rows = {}
     with RewardRunner(cfg.reward) as rewards:
         mesh = Mesh.build(cfg.parallel)

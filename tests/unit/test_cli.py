@@ -40,7 +40,8 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "sft", "reward-model", "train", "eval", "convert", "report", "config", "doctor", "verify sync", "verify layouts"],
+    ["", "sft", "reward-model", "train", "eval", "convert", "report", "config", "doctor"]
+    + ["verify sync", "verify routing", "verify layouts"],
 )
 def test_help_has_an_example(command: str) -> None:
     done = megarl(*command.split(), "--help")

@@ -340,6 +340,20 @@ def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_can(base: Path
         load_config(base, [*settings, *layout])
 
 
+@pytest.mark.parametrize(
+    ("setting", "require", "said"),
+    [
+        ("seed=1", "routing", "a dense model routes nothing; verify routing needs a mixture of experts"),
+        ("rl.routing_replay=old", "rl", "rl.routing_replay = 'old': a dense model has no experts"),
+        ("rl.routing_replay=rollout", "rl", "rl.routing_replay = 'rollout': a dense model has no experts"),
+        ("rollout.routed_experts=true", "rl", "rollout.routed_experts = true: a dense model has no experts"),
+        ("model.dtype=float64", "routing", "vLLM has no float64 kernels"),
+    ],
+)
+def test_a_dense_model_has_no_routing(base: Path, setting: str, require: str, said: str) -> None:
+    assert said in refused(base, *QWEN3, setting, require=require)
+
+
 def test_the_nearest_layouts_are_near(base: Path) -> None:
     """One change where one is enough, the world's size kept where it can be, and nothing switched on without need."""
     assert suggestions(refused(base, "parallel.tp=4", "parallel.ep=2"))[0] == ["parallel.tp=2", "parallel.ep=2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from megarl.data import BatchLayout, pack  # noqa: E402
 from megarl.errors import RunFailed  # noqa: E402
 from megarl.models.generate import spec_of  # noqa: E402
 from megarl.models.moe.replay import LIVE, RoutingReplay, RowRouting, expert_dtype  # noqa: E402
+from megarl.trainers.failed_step import load_micro_batches, save_micro_batches  # noqa: E402
+from megarl.trainers.routing import RoutingWatch  # noqa: E402
 from megarl.types import Batch  # noqa: E402
 
 SPEC = replace(spec_of(Generate(num_layers=3, num_experts=3, top_k=2)), moe_layers=(1, 2))
@@ -201,3 +204,21 @@ def test_a_micro_batch_with_a_record_too_few_is_refused():
     micro.experts = owner.local(micro)[:1]
     with pytest.raises(RunFailed, match=r"\(1, 7, 2\) experts for 7 rows of the policy's 2 MoE layers \(1, 2\)"):
         owner.begin(micro, torch.device("cpu"))
+
+
+def test_a_failed_step_keeps_the_experts_it_replayed(tmp_path: Path):
+    pinned, free = pack(batch(), [0], BatchLayout()), pack(batch(), [1], BatchLayout())
+    pinned.experts = routing().local(pinned)
+    save_micro_batches(tmp_path / "step", [pinned, free])
+    one, other = load_micro_batches(tmp_path / "step")
+    assert torch.equal(one.experts, pinned.experts) and one.experts.dtype == torch.int8
+    assert other.experts is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_watched_rows_divide_over_sequence_parallel_ranks(rank):
+    """The all-gather dispatcher wants equal rows, 3 and 4 tokens here, and tp=4 ranks a multiple of 4."""
+    layout = BatchLayout(dp=2, dp_rank=rank, row_multiple=4, equal_rows=True)
+    whole = Batch(torch.arange(11), torch.tensor([5, 6]), torch.ones(11))
+    watch = RoutingWatch(SimpleNamespace(layout=layout), None, tokens=8, most_changed=0.3)
+    assert len(watch._choose(whole).tokens) == 8

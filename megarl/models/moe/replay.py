@@ -40,13 +40,17 @@ class RowRouting:
     gates: list[Tensor | None]  # l times [m, k]: with which weights
     margins: list[Tensor | None]  # l times [m]: from the last chosen to the first other expert, in router logits or scores
     used: list[int] = field(default_factory=list)  # l: how often the router asked
+    rows: int = 0  # m
 
     def stacked(self) -> Tensor:
         """[l, m, k]: the routers' own choices. Raises RunFailed for a layer that was not asked."""
         for layer, chosen in zip(self.owner.layers, self.chosen, strict=True):
             if chosen is None:
                 raise RunFailed(f"routing: layer {layer.number} of the {self.owner.name} recorded nothing")
-        return torch.stack(self.chosen) if self.chosen else torch.empty(0)
+        if not self.chosen:  # a pipeline stage of dense layers
+            spec = self.owner.spec
+            return torch.empty(0, self.rows, spec.top_k, dtype=expert_dtype(spec.num_experts))
+        return torch.stack(self.chosen)
 
 
 class RoutingReplay:
@@ -92,10 +96,12 @@ class RoutingReplay:
         """
         record = micro_batch.batch.routed_experts
         expected = (micro_batch.batch.tokens.numel(), len(self.spec.moe_layers), self.spec.top_k)
-        if record is None or tuple(record.shape) != expected:
-            found = None if record is None else tuple(record.shape)
+        if record is None:
+            raise RunFailed(f"routing: there are no recorded experts for the {self.name} to replay; set rollout.routed_experts")
+        if tuple(record.shape) != expected:
             raise RunFailed(
-                f"routing: the record is {found}, and the {self.name} needs {expected} (tokens, MoE layers, experts a token)"
+                f"routing: the record is {tuple(record.shape)}, and the {self.name} needs {expected} (tokens, MoE layers, "
+                "experts a token)"
             )
         rows = torch.full((micro_batch.tokens.numel(), len(self.layers), self.spec.top_k), LIVE, dtype=torch.int64)
         held = micro_batch.held.clone()
@@ -136,7 +142,7 @@ class RoutingReplay:
                 f"({', '.join(str(layer.number) for layer in self.layers)}) here, {self.spec.top_k} a token"
             )
         experts = None if experts is None else experts.to(device)
-        return RowRouting(self, experts, empty, list(empty), list(empty), [0] * len(self.layers))
+        return RowRouting(self, experts, empty, list(empty), list(empty), [0] * len(self.layers), rows)
 
     def finish(self, rows: Sequence[RowRouting], uses: int) -> None:
         """After a pass: every router has asked for each row exactly `uses` times. Raises RunFailed naming the layer."""
