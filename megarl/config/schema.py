@@ -499,8 +499,8 @@ class Config(Section):
     """Hugging Face exports."""
     log: Log = Log()
     """What is written beside the console."""
-    study: Study = Study()
-    """Comparisons over several runs (`megarl study`)."""
+    study: Study | None = None
+    """Comparisons over several runs (`megarl study`); none: as they are by default."""
 
     @property
     def rollout_dtype(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarl import launcher
-from megarl.config import Config, check_world, dump_config, load_config, prepare_run_dir, smallest_world
+from megarl.config import Config, Study, check_world, dump_config, load_config, prepare_run_dir, smallest_world
 from megarl.errors import BadInput
 
 
@@ -47,6 +47,12 @@ class Run:
 def runs(config: Config) -> Iterator[Run]:
     """All runs of the study in the order they are made: seed by seed, the warm start first when there is one."""
     study, root = config.study, Path(config.run_dir)
+    measured = {
+        "study": None,
+        "log": config.log.model_copy(update={"routing_variance": True}),
+        "rollout": config.rollout.model_copy(update={"routed_experts": True}),
+    }
+    config = config.model_copy(update=measured)
     for seed in range(config.seed, config.seed + study.seeds):
         start, model = root / "start" / f"seed_{seed}", config.model
         if model.generate is not None:
@@ -75,7 +81,8 @@ def run_study(config: Config, overrides: list[str], config_path: Path) -> int:
     """
     from megarl.study.results import write_results
 
-    todo, command = list(runs(_checked(config))), " ".join(["megarl study drift", str(config_path), *overrides])
+    config = _checked(config)
+    todo, command = list(runs(config)), " ".join(["megarl study drift", str(config_path), *overrides])
     arms = [run for run in todo if run.part == "rl"]
     for number, run in enumerate(todo, start=1):
         if run.is_done:
@@ -95,8 +102,12 @@ def run_study(config: Config, overrides: list[str], config_path: Path) -> int:
 
 
 def _checked(config: Config) -> Config:
+    """The configuration with its study section."""
+    config = config.model_copy(update={"study": config.study or Study()})
     if config.rl is None:
         raise BadInput("rl: missing; a study needs an rl section, which its arms share")
+    if not config.log.routing_tokens:
+        raise BadInput("log.routing_tokens = 0: a study of routing measures it; set 512")
     if config.model.generate is not None and config.model.generate.family == "qwen3":
         raise BadInput("model.generate.family = 'qwen3': a dense model has no routing to study; set qwen3_moe")
     for name in config.study.methods:

@@ -166,7 +166,8 @@ def test_a_study_without_a_finished_run_has_no_table(tmp_path):
     ("overrides", "complaint"),
     [
         (["study.methods={a-b: {preset: grpo}}"], "study.methods.a-b"),
-        (["model.generate.family=qwen3", "rollout.routed_experts=false"], "dense model"),
+        (["model.generate.family=qwen3"], "dense model"),
+        (["log.routing_tokens=0"], "set 512"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, overrides, complaint):
