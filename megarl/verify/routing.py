@@ -96,7 +96,7 @@ class LayerCount:
     changed: int = 0  # experts of the engine that the learner's live routing does not choose
     pairs: int = 0  # rows with any
     margins: tuple[float, ...] = ()  # of the rows where the learner, given the engine's experts before, chooses others
-    unexplained: int = 0  # of those
+    unexplained: int = 0  # of those: no near-tie, and not the learner's live routing either
 
     def plus(self, other: LayerCount) -> LayerCount:
         return LayerCount(
@@ -142,7 +142,8 @@ class RoutingCheck:
         """The engine's record against live routing, layer by layer, and against routing at the engine's own experts.
 
         A disagreement changes what later layers see. `given` routes behind the engine's experts, so that in it every
-        disagreement stands for itself: in float32 it must be a near-tie, of one expert by less than `TIE`.
+        disagreement stands for itself: in float32 it must be a near-tie, of one expert by less than `TIE`. Where a record
+        is wrong that holds for the layers before it, and live routing for those after it.
         """
         layers, tokens = self._counted(recorded, live, given)
         lines = ["layer   experts    pairs  disagreements at the engine's experts, by margin in router logits"]
@@ -164,8 +165,8 @@ class RoutingCheck:
                     f"layer {number}: {share:.0%} of the engine's experts are not the learner's (rl.max_routing_mismatch = "
                     f"{self.most_changed:.0%}): rows or layers are misaligned, or the weights differ"
                 )
-        ties = sum(len(layer.margins) - layer.unexplained for layer in layers.values())
-        lines.append(f"tokens with any difference: {tokens:.2%}; {ties} disagreements are near-ties (below {TIE:.0e})")
+        near = sum(margin < TIE for layer in layers.values() for margin in layer.margins)
+        lines.append(f"tokens with any difference: {tokens:.2%}; {near} disagreements are near-ties (below {TIE:.0e})")
         return lines, problems
 
     def _counted(
@@ -182,15 +183,15 @@ class RoutingCheck:
             changed = changed_layers(drift, self.mesh)
             any_layer = any_layer.merge(Mean.of(changed > 0, drift.mask))
             for index, number in enumerate(numbers):
-                apart = local.changed[index] > 0
+                differs, apart = drift.changed[index] > 0, local.changed[index] > 0
                 margins = pinned.margins[index].cpu()
                 tie = (local.changed[index] == 1) & (margins < TIE)
                 count = LayerCount(
                     int(drift.mask.sum()),
                     int(drift.changed[index].sum()),
-                    int((drift.changed[index] > 0).sum()),
+                    int(differs.sum()),
                     tuple(margins[apart].tolist()),
-                    int((apart & ~tie).sum()),
+                    int((differs & apart & ~tie).sum()),
                 )
                 mine[number] = mine.get(number, LayerCount()).plus(count)
         layers: dict[int, LayerCount] = {}

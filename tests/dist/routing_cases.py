@@ -205,12 +205,11 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     from megarl.trainers.rollout_files import read_groups, write_groups
     from megarl.verify.routing import RoutingCheck
 
-    cached, chunks, plain = [0], [0], vllm_engine._extend
+    cached, plain = [0], vllm_engine._extend
 
     def extend(response: Any, output: Any) -> None:
         plain(response, output)
         cached[0] += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
-        chunks[0] += output.routed_experts is not None
 
     vllm_engine._extend = extend
     vllm.LLM = partial(_few_tokens_a_step, vllm.LLM)
@@ -241,8 +240,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     ids = torch.cat([micro.experts.flatten() for micro in packed])
     return {
         "cached": cached[0],
-        "outputs with experts": chunks[0],
-        "samples": sum(len(group.trajectories) for group in own),
+        "tokens a step": sampler.vllm_config.scheduler_config.max_num_batched_tokens,
         "dtypes": [str(_first(groups).dtype), str(_first(back).dtype), str(batch.routed_experts.dtype), str(ids.dtype)],
         "kept": all(
             (a.routed_experts == b.routed_experts).all()

@@ -81,6 +81,7 @@ def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
     """All tokens, prompts in the prefix cache and those prefilled in parts; any disagreement is a near-tie."""
     for rank in run_ranks(ENGINE, 2, many, str(tmp_path), parallel, rollout):
         assert rank["problems"] == [], rank["lines"]
+        assert rank["tokens a step"] == 32
         assert rank["cached"] >= 32 * 2, "no sample found its prompt's blocks in the cache"
         assert set(rank["lengths"]) == {1} and len(rank["lengths"]) == 15
         assert rank["dtypes"] == ["uint16", "uint16", "torch.int16", "torch.int16"]
