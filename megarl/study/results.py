@@ -54,10 +54,6 @@ class Finished:
     rows: list[Row]
     numbers: dict[str, float]
 
-    @property
-    def has_failed(self) -> bool:
-        return (self.run.folder / "failed.json").exists()
-
 
 @dataclass(frozen=True)
 class Study:
@@ -71,7 +67,7 @@ class Study:
     def load(cls, runs: Sequence[Run]) -> Study:
         arms: dict[str, dict[int, Finished]] = {run.name: {} for run in runs}
         for run in runs:
-            if run.is_done:
+            if run.is_done or run.failure.exists():
                 rows = read_jsonl(run.folder / "rl" / "metrics.jsonl")
                 start = next((row.get("eval/accuracy") for row in rows if row["step"] == 0), None)
                 steps = [row for row in rows if row["step"] > 0]
@@ -192,7 +188,7 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
         except metadata.PackageNotFoundError:
             continue
     starts = {seed: f.start for found in study.arms.values() for seed, f in found.items() if f.start is not None}
-    failed = [f.run.title for found in study.arms.values() for f in found.values() if f.has_failed]
+    failed = [f.run.title for found in study.arms.values() for f in found.values() if f.run.failure.exists()]
     return [
         ("Seeds", f"{len(study.seeds)} of {study.planned} complete ({', '.join(map(str, study.seeds)) or 'none'})"),
         ("Arms", f"{' / '.join(config.study.methods)} x routing replay {' / '.join(config.study.routing_replay)}"),
