@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 verify_app = typer.Typer(help="Compare what two engines, layouts or files should agree on.")
 app.add_typer(verify_app, name="verify")
+study_app = typer.Typer(help="Runs that differ in one thing each, compared with intervals over seeds.")
+app.add_typer(study_app, name="study")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the project.", show_default=False)]
 Overrides = Annotated[
@@ -312,6 +314,29 @@ def verify_algorithms(
     rows = compare(vectors or GOLDEN)
     print(render(rows))
     raise typer.Exit(0 if all(row.ok for row in rows) else 1)
+
+
+@study_app.command()
+def drift(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each arm (default: study.seeds).", show_default=False)
+    ] = None,
+) -> None:
+    """GRPO, GSPO and SAPO with and without routing replay: RESULTS.md and study.html. Finished runs are not made again.
+
+    Example: [bold]megarl study drift configs/studies/drift/study.yaml --seeds 2 rl.steps=10[/bold]
+    """
+    from megarl.config import load_config
+
+    if launcher.is_rank():
+        raise BadInput("study drift starts its own ranks: run it without torchrun")
+    given = [*(overrides or ()), *([f"study.seeds={seeds}"] if seeds else [])]
+    cfg = load_config(config, given)
+    from megarl.study.drift import run_study
+
+    raise typer.Exit(run_study(cfg, given, config))
 
 
 @app.command()

@@ -264,6 +264,45 @@ class Correlation(Metric):
         return self
 
 
+@dataclass(frozen=True)
+class WithinCorrelation(Metric):
+    """How far values of the same group go together: Fisher's intraclass correlation, over all pairs of all groups.
+
+    Kept as sums over groups of n values that add up to s: 0 for independent values, 1 when each group has one value. The
+    mean of a group then varies as (1 + (n - 1) correlation) / n times a value.
+    """
+
+    count: Scalar  # sum of n
+    pairs: Scalar  # sum of n (n - 1)
+    total: Scalar  # sum of s
+    weighted: Scalar  # sum of n s
+    totals_squared: Scalar  # sum of s^2
+    squares: Scalar  # sum of the squares of all values
+
+    @classmethod
+    def of(cls, counts: Tensor, totals: Tensor, squares: Tensor) -> WithinCorrelation:
+        """Of groups `[S]`: how many values, their sum, and the sum of their squares."""
+        n, s, q = (x.detach().double() for x in (counts, totals, squares))
+        return cls(*map(float, (n.sum(), (n * (n - 1)).sum(), s.sum(), (n * s).sum(), s.square().sum(), q.sum())))
+
+    def merge(self, other: WithinCorrelation) -> WithinCorrelation:
+        return WithinCorrelation(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def value(self) -> float:
+        """NaN when no group has two values, or they do not vary."""
+        if not self.pairs:
+            return math.nan
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean**2
+        squared_sizes = self.pairs + self.count
+        of_groups = self.totals_squared - 2 * mean * self.weighted + mean**2 * squared_sizes
+        products = of_groups - self.count * variance
+        return products / self.pairs / variance if variance > 0 else math.nan
+
+    def detached(self) -> WithinCorrelation:
+        return self
+
+
 def merge(into: dict[str, Metric], new: Mapping[str, Metric]) -> dict[str, Metric]:
     """Adds the observations of `new` to `into`, in place, and returns it.
 

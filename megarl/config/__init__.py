@@ -24,6 +24,7 @@ from megarl.config.schema import (
     RewardModel,
     Rollout,
     Section,
+    Study,
     Tokenizer,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "RewardModel",
     "Rollout",
     "RunDir",
+    "Study",
     "Section",
     "Tokenizer",
     "check_config",

@@ -361,6 +361,8 @@ class RL(Section):
 
 
 class Rollout(Section):
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision the engine samples in; none: the learner's. Weights are cast as they are synced."""
     max_response_tokens: Positive = 64
     """Longest response."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -380,7 +382,7 @@ class Rollout(Section):
     max_context: Positive | None = None
     """Longest prompt + response the engine accepts; none: the model's context."""
     sync_threshold: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5 in float32, 5e-2 in bfloat16."""
+    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16."""
     probe_sequences: Positive = 4
     """Fixed sequences each weight sync is checked with."""
     routed_experts: bool = False
@@ -441,10 +443,29 @@ class Log(Section):
     """Steps between files of sampled trajectories in rollouts/; 0 = none."""
     routing_tokens: NonNegative = 512
     """Tokens per data-parallel rank on which every RL step of an MoE model measures how routing moves; 0 = none."""
+    routing_variance: bool = False
+    """Also measure on them how much of the spread of the log-ratio is due to changed experts: one more pass a step."""
     profile_steps: list[NonNegative] = []
     """Steps recorded with the PyTorch profiler into profile/."""
     grace_seconds: Annotated[float, Field(ge=0)] = 8
     """How long Ctrl-C waits for the end of the step."""
+
+
+class Study(Section):
+    """`megarl study drift`: every method with every kind of routing replay, over several seeds."""
+
+    methods: dict[str, Algorithm] = {
+        "grpo": Algorithm(preset="grpo"),
+        "gspo": Algorithm(preset="gspo"),
+        "sapo": Algorithm(preset="sapo"),
+    }
+    """Algorithms by the names they have in the results."""
+    routing_replay: list[Literal["none", "old", "rollout"]] = ["none", "old", "rollout"]
+    """What `rl.routing_replay` is set to."""
+    seeds: Positive = 5
+    """Runs of each arm, with `seed`, `seed` + 1, ...; all arms of a seed share their start and the order of the data."""
+    results: str | None = None
+    """Folder of RESULTS.md and study.html; none: the run_dir."""
 
 
 class Config(Section):
@@ -478,3 +499,10 @@ class Config(Section):
     """Hugging Face exports."""
     log: Log = Log()
     """What is written beside the console."""
+    study: Study | None = None
+    """Comparisons over several runs (`megarl study`); none: as they are by default."""
+
+    @property
+    def rollout_dtype(self) -> str:
+        """The engine's precision."""
+        return self.rollout.dtype or self.model.dtype

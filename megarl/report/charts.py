@@ -98,7 +98,7 @@ class _Scale:
         x0, x1 = min(xs), max(xs)
         if x0 == x1:
             x0, x1 = x0 - 0.5, x1 + 0.5
-        y0, y1, ticks = _log_axis(min(ys), max(ys)) if chart.log else _linear_axis(min(ys), max(ys))
+        y0, y1, ticks = _log_axis(min(ys), max(ys)) if chart.log else linear_axis(min(ys), max(ys))
         return cls(x0, x1, y0, y1, chart.log, ticks)
 
     def x(self, value: float) -> float:
@@ -110,7 +110,8 @@ class _Scale:
         return HEIGHT - BOTTOM - (at - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _linear_axis(low: float, high: float) -> tuple[float, float, list[float]]:
+def linear_axis(low: float, high: float) -> tuple[float, float, list[float]]:
+    """Rounded ends of an axis that holds both, and its ticks."""
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-12):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -135,10 +136,10 @@ def _grid(chart: Chart, scale: _Scale) -> str:
     out = []
     for tick in scale.y_ticks:
         y = scale.y(tick)
-        label = f"1e{round(math.log10(tick))}" if scale.log else _tick_label(tick, scale.y_ticks, chart.unit)
+        label = f"1e{round(math.log10(tick))}" if scale.log else tick_label(tick, scale.y_ticks, chart.unit)
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 3.5:.1f}">{label}</text>')
-    for tick in _step_ticks(scale.x0, scale.x1):
+    for tick in step_ticks(scale.x0, scale.x1):
         x = scale.x(tick)
         out.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{tick:g}</text>')
     name = escape(chart.x_name)
@@ -146,7 +147,8 @@ def _grid(chart: Chart, scale: _Scale) -> str:
     return "".join(out)
 
 
-def _tick_label(tick: float, ticks: list[float], unit: str) -> str:
+def tick_label(tick: float, ticks: list[float], unit: str) -> str:
+    """A tick's number with as many digits as tell it from the others."""
     factor = 100 if unit == "%" else 1
     step = (ticks[1] - ticks[0]) * factor if len(ticks) > 1 else 1.0
     largest = max(abs(t) for t in ticks) * factor
@@ -157,7 +159,8 @@ def _tick_label(tick: float, ticks: list[float], unit: str) -> str:
     return f"{text}%" if unit == "%" else text
 
 
-def _step_ticks(x0: float, x1: float) -> list[float]:
+def step_ticks(x0: float, x1: float) -> list[float]:
+    """Whole numbers between both, about six."""
     step = max(1.0, _nice_step((x1 - x0) / 6))
     step = math.ceil(step)
     first = math.ceil(x0 / step - 1e-9)

@@ -24,6 +24,15 @@ RL (`rl/metrics.jsonl`)
   `mismatch/weight_mean`, `mismatch/kept_frac`, `mismatch/ess` of the weights
 - `gap/logprob_mean`, `gap/logprob_max` |old - rollout| log-prob over sampled tokens
 - `sync/gap_mean`, `sync/gap_max` the same on the probe sequences of a weight sync, `sync/seconds`
+- `routing/engine_*` engine against learner with the same weights, `routing/update_*` learner before against after the
+  update, `routing/noise_*` two passes with the same weights (first step): `changed` share of experts, also by layer
+  `/layer_NN`, `pair` share of (token, layer), `token_any` share of tokens; `routing/update_gate_mass`, and correlations
+  `routing/engine_gap_correlation`, `routing/update_ratio_correlation`, `routing/update_clip_correlation`
+- `routing/load_max_over_mean/layer_NN`, `routing/unused_experts/layer_NN`; `routing/live_fraction` of positions not replayed
+- with `log.routing_variance`, of the log-ratio after the update with `_live` routing, with the experts of before
+  (`_replayed`) and of their `_difference`: `routing/log_ratio_std_*` over tokens, `routing/log_ratio_seq_std_*` of its mean
+  over sequences, `routing/log_ratio_within_*` correlation within a sequence; `routing/inverse_length` mean of 1 / n;
+  `routing/variance_share` 1 - Var(replayed) / Var(live)
 - `time/{sync,generate,reward,old_log_probs,update,eval,...}` seconds, mean over ranks; `time/step` slowest rank
 - `throughput/rollout_tokens_per_second`, `throughput/learner_tokens_per_second`; `memory/rss_gib` over all ranks
 - `eval/accuracy` on held-out problems, at the steps that evaluated
@@ -142,6 +151,8 @@ def figures(data: RunData) -> dict[str, Any]:
         "learner_tokens_per_second": mean_of(data.rl, "throughput/learner_tokens_per_second"),
         "logprob_gap_mean": mean_of(data.rl, "gap/logprob_mean"),
         "logprob_gap_max": max_of(data.rl, "gap/logprob_max"),
+        "experts_changed_update": mean_of(data.rl, "routing/update_changed"),
+        "experts_changed_engine": mean_of(data.rl, "routing/engine_changed"),
         "peak_rss_gib": max_of(data.rl + data.reward_model + data.sft, "memory/rss_gib"),
     }
     overall = eval_points(data)

@@ -26,6 +26,8 @@ LABELS = {  # figure of the summary -> (label, unit)
     "learner_tokens_per_second": ("Learner tokens per second", ""),
     "logprob_gap_mean": ("Learner/engine log-prob gap, mean", ""),
     "logprob_gap_max": ("Learner/engine log-prob gap, max", ""),
+    "experts_changed_update": ("Experts changed by a step's update", "%"),
+    "experts_changed_engine": ("Experts chosen differently by the engine", "%"),
     "peak_rss_gib": ("Peak memory of all ranks", "GiB"),
 }
 
@@ -37,18 +39,23 @@ def page(data: RunData) -> str:
     parts = [(anchor, heading, f'<div class="charts">{body}</div>') for anchor, heading, body in drawn]
     parts += [("samples", "Sample responses", samples)] if samples else []
     parts += [("figures", "Figures", _figures(data))]
+    name = data.run_dir.resolve().name
+    return document(f"{name} report", _header(data, escape(name)), parts, data.run_dir)
+
+
+def document(title: str, header: str, parts: list[tuple[str, str, str]], source: Path) -> str:
+    """A page of `parts` (anchor, heading, HTML) below a header (HTML), with the style and the script of all reports."""
     nav = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in parts)
     body = "".join(
         f'<section id="{anchor}"><h2>{escape(heading)}</h2>{html}</section>' for anchor, heading, html in parts
     )
     written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    name = escape(data.run_dir.resolve().name)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name} · megarl report</title><style>{CSS}</style></head><body>"
-        f'<header class="top">{_header(data, name)}<nav>{nav}</nav></header><main>{body}</main>'
-        f"<footer>Written by megarl on {written} from {escape(str(data.run_dir))}.</footer>"
+        f"<title>{escape(title)} · megarl</title><style>{CSS}</style></head><body>"
+        f'<header class="top">{header}<nav>{nav}</nav></header><main>{body}</main>'
+        f"<footer>Written by megarl on {written} from {escape(str(source))}.</footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from megarl.report.charts import Chart, Point, Series, render
-from megarl.report.data import Row, RunData, eval_points, phase_names, points
+from megarl.report.data import Row, RunData, eval_points, max_of, phase_names, points
+from megarl.report.heat_map import HeatMap, render_heat_map
 
-Section = tuple[str, str, list[Chart]]  # anchor, heading, charts
+Panel = Chart | HeatMap
+Section = tuple[str, str, list[Panel]]  # anchor, heading, panels
 
 
 def sections(data: RunData) -> list[tuple[str, str, str]]:
     """(anchor, heading, HTML of the charts) of every section that has something to show."""
-    drawn = [(anchor, heading, "".join(map(render, charts))) for anchor, heading, charts in _sections(data)]
+    drawn = [(anchor, heading, "".join(map(_draw, panels))) for anchor, heading, panels in _sections(data)]
     return [section for section in drawn if section[2]]
+
+
+def _draw(panel: Panel) -> str:
+    return render_heat_map(panel) if isinstance(panel, HeatMap) else render(panel)
 
 
 def _sections(data: RunData) -> list[Section]:
@@ -22,6 +29,7 @@ def _sections(data: RunData) -> list[Section]:
         ("learning", "Learning", _learning(data)),
         ("update", "Policy update", _update(data.rl)),
         ("agreement", "Learner and engine agreement", _agreement(data)),
+        ("routing", "Routing", _routing(data.rl)),
         ("cost", "Time and memory", _cost(data.rl)),
         ("sft", "Supervised warm start", _sft(data.sft)),
         ("reward-model", "Reward model", _reward_model(data.reward_model)),
@@ -200,6 +208,133 @@ def _agreement(data: RunData) -> list[Chart]:
             lines=[("limit for the mean", threshold)] if threshold else [],
         ),
     ]
+
+
+def _routing(rl: list[Row]) -> list[Panel]:
+    floor = max_of(rl, "routing/noise_changed")
+    return [
+        Chart(
+            "Experts changed",
+            "Share of a token's experts that the other routing did not choose (expert level), on the watched tokens: the "
+            "engine's against the learner's with the same weights, and the learner's before against after the update.",
+            _series(
+                rl,
+                ("engine against learner", "routing/engine_changed"),
+                ("update", "routing/update_changed"),
+                smooth=True,
+            ),
+            unit="%",
+            from_zero=True,
+            lines=[] if floor is None else [("noise floor: two passes, same weights", floor)],
+        ),
+        Chart(
+            "Changes by layer and by token",
+            "Pair: (token, layer) with any changed expert. Token: tokens with a change in at least one layer.",
+            _series(
+                rl,
+                ("engine, pair", "routing/engine_pair"),
+                ("engine, token", "routing/engine_token_any"),
+                ("update, pair", "routing/update_pair"),
+                ("update, token", "routing/update_token_any"),
+                smooth=True,
+            ),
+            unit="%",
+            from_zero=True,
+        ),
+        Chart(
+            "Gate mass of new experts",
+            "Weight that a token gives to experts which the update brought in, mean over tokens and layers.",
+            _series(rl, ("update", "routing/update_gate_mass"), smooth=True),
+            unit="%",
+            from_zero=True,
+        ),
+        Chart(
+            "Routing changes and log-probs",
+            "Correlation, over tokens, of the number of layers whose experts changed with the gap to the engine, with the "
+            "size of the log-ratio after the update, and with being clipped.",
+            _series(
+                rl,
+                ("gap to the engine", "routing/engine_gap_correlation"),
+                ("log-ratio", "routing/update_ratio_correlation"),
+                ("clipped", "routing/update_clip_correlation"),
+                smooth=True,
+            ),
+        ),
+        Chart(
+            "Spread of the log-ratio",
+            "Over tokens after the update: with the experts of now, with those of before, and what the change of experts "
+            "adds; and of log s over sequences.",
+            _series(
+                rl,
+                ("token, live routing", "routing/log_ratio_std_live"),
+                ("token, replayed", "routing/log_ratio_std_replayed"),
+                ("difference", "routing/log_ratio_std_difference"),
+                ("sequence, live", "routing/log_ratio_seq_std_live"),
+                smooth=True,
+            ),
+            from_zero=True,
+        ),
+        Chart(
+            "Share of routing in the variance",
+            "1 - Var(z with the experts of before) / Var(z), z the log-ratio of a token after the update.",
+            _series(rl, ("share", "routing/variance_share"), smooth=True),
+            unit="%",
+        ),
+        Chart(
+            "Load of the fullest expert",
+            "Tokens of a layer's fullest expert over the mean, in the update: 1 is even.",
+            _over_layers(rl, "routing/load_max_over_mean"),
+            from_zero=True,
+        ),
+        Chart(
+            "Unused experts",
+            "Experts of a layer that no token of the update chose.",
+            _over_layers(rl, "routing/unused_experts"),
+            from_zero=True,
+        ),
+        Chart(
+            "Routed live during replay",
+            "Share of positions whose experts the update could not replay.",
+            _series(rl, ("live", "routing/live_fraction")),
+            unit="%",
+            from_zero=True,
+        ),
+        HeatMap(
+            "Experts changed by the update, by layer",
+            "Expert level, the learner before against after.",
+            _by_layer(rl, "routing/update_changed"),
+            unit="%",
+        ),
+        HeatMap(
+            "Experts engine against learner, by layer",
+            "Expert level, with the same weights.",
+            _by_layer(rl, "routing/engine_changed"),
+            unit="%",
+        ),
+        HeatMap(
+            "Load of the fullest expert, by layer",
+            "Over the mean.",
+            _by_layer(rl, "routing/load_max_over_mean"),
+        ),
+    ]
+
+
+def _by_layer(rl: list[Row], prefix: str) -> list[tuple[str, list[Point]]]:
+    """The layers' numbers and values, in the order of the layers."""
+    pattern = re.compile(re.escape(prefix) + r"/layer_(\d+)$")
+    keys = {int(match[1]): key for row in rl for key in row if (match := pattern.match(key))}
+    return [(str(layer), points(rl, key)) for layer, key in sorted(keys.items())]
+
+
+def _over_layers(rl: list[Row], prefix: str) -> list[Series]:
+    """The mean over the layers and the worst of them."""
+    by_step: dict[float, list[float]] = {}
+    for _, column in _by_layer(rl, prefix):
+        for step, value in column:
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step.items())
+    worst, mean = ([(step, of(values)) for step, values in steps] for of in (max, lambda v: sum(v) / len(v)))
+    return [Series("worst layer", worst, smooth=True), Series("mean of the layers", mean, smooth=True)]
 
 
 def _cost(rl: list[Row]) -> list[Chart]:

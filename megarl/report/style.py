@@ -40,6 +40,11 @@ figcaption p{margin:1px 0 0;color:var(--soft);font-size:.82rem;line-height:1.4}
 path.line{fill:none;stroke:var(--c);stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 path.raw{stroke-width:1;opacity:.32}
 path.band{fill:var(--c);opacity:.16}path.area{fill:var(--c);opacity:.82}circle{fill:var(--c)}
+path.shade,rect.shade{fill:var(--c0);shape-rendering:crispEdges}rect.frame{fill:none;stroke:var(--grid)}
+rect.cell{fill:none;stroke:var(--ink);stroke-width:1.2;visibility:hidden}
+p.legend{align-items:center;gap:8px}svg.shades{width:144px;height:10px;flex:none}
+text.reference{paint-order:stroke;stroke:var(--card);stroke-width:3px}
+line.whisker{stroke:var(--c);stroke-width:2}text.name{font-size:11.5px}
 line.grid{stroke:var(--grid);stroke-width:1}line.cursor{stroke:var(--soft);stroke-width:1;visibility:hidden}
 line.reference{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 4}
 text{font:11px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--soft)}
@@ -56,7 +61,10 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-mono
 "DejaVu Sans Mono",monospace;max-height:17em;overflow:auto;background:var(--bg);border-radius:6px;padding:7px 10px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 18px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
-td.number,th.number{text-align:right}th{color:var(--soft);font-weight:600}tr:last-child td{border-bottom:0}
+td.number,th.number{text-align:right}
+h3.table{margin:20px 0 8px}.wide table{width:auto;font-size:.8rem}.wide td{white-space:nowrap}
+.card ul{margin:0;padding-left:1.1em}.card li{margin:4px 0}.card p{color:var(--soft);font-size:.85rem;margin:10px 0 0}
+th{color:var(--soft);font-weight:600}tr:last-child td{border-bottom:0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,470px),1fr));gap:14px;align-items:start}
 details{margin-top:14px}summary{cursor:pointer;color:var(--soft);font-size:.9rem}
 details pre{max-height:40em;margin-top:8px}
@@ -69,7 +77,28 @@ text.axis{display:none}path.line{stroke-width:2.6}}
 """
 
 SCRIPT = """
-for (const figure of document.querySelectorAll('figure.chart')) {
+for (const figure of document.querySelectorAll('figure[data-heat]')) {
+  const data = JSON.parse(figure.dataset.heat), plot = figure.querySelector('.plot');
+  const svg = plot.querySelector('svg'), tip = plot.querySelector('.tip'), cell = svg.querySelector('.cell');
+  const [x0, y0, x1, y1] = data.box, width = (x1 - x0) / data.columns.length, height = (y1 - y0) / data.rows.length;
+  const hide = () => { tip.hidden = true; cell.style.visibility = 'hidden'; };
+  svg.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect(), scale = data.width / box.width;
+    const column = Math.floor(((event.clientX - box.left) * scale - x0) / width);
+    const row = Math.floor(((event.clientY - box.top) * scale - y0) / height);
+    const value = (data.values[row] || [])[column];
+    if (value === undefined || value === null) return hide();
+    tip.textContent = `${data.row} ${data.rows[row]}, ${data.x} ${data.columns[column]}: ${value}`;
+    Object.entries({x: x0 + column * width, y: y0 + row * height, width, height})
+      .forEach(([name, number]) => cell.setAttribute(name, number));
+    cell.style.visibility = 'visible';
+    tip.hidden = false;
+    const left = (x0 + column * width) / scale;
+    tip.style.left = (left > box.width / 2 ? left - tip.offsetWidth - 12 : left + width / scale + 12) + 'px';
+  });
+  svg.addEventListener('pointerleave', hide);
+}
+for (const figure of document.querySelectorAll('figure[data-chart]')) {
   const data = JSON.parse(figure.dataset.chart), plot = figure.querySelector('.plot');
   const svg = plot.querySelector('svg'), tip = plot.querySelector('.tip'), cursor = svg.querySelector('.cursor');
   const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a);

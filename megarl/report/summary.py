@@ -29,6 +29,8 @@ def write_summary(run_dir: Path, world_size: int, machine: dict[str, str]) -> di
         "logprob_gap_mean": max((row["sync/gap_mean"] for row in steps), default=None),
         "logprob_gap_max": max((row["sync/gap_max"] for row in steps), default=None),
         "peak_rss_gib": max((row["memory/peak_rss_gib"] for row in (*sft, *scorer, *steps)), default=None),
+        "experts_changed_update": _mean(steps, "routing/update_changed"),
+        "experts_changed_engine": _mean(steps, "routing/engine_changed"),
         "clip_fraction": _mean(steps, "policy/clip_seq_frac"),
         "sft_seconds": sft[-1]["clock/seconds"] if sft else None,
         "rl_seconds": rl[-1]["clock/seconds"] if rl else None,

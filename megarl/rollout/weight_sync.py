@@ -80,6 +80,11 @@ class SyncPlan:
             layers[entry.layer] = layers.get(entry.layer, 0) + entry.bytes
         return max(layers.values())
 
+    def stream(self, chunks: list[nn.Module], spec: ModelSpec, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
+        dtype = getattr(torch, self.entries[0].dtype)
+        return ((name, tensor.to(dtype)) for name, tensor in stream_hf(chunks, spec, mesh))
+
     def follow(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass the stream on while it is exactly this plan. Raises RunFailed naming the first tensor that is not."""
         expected = iter(self.entries)
@@ -121,7 +126,7 @@ def sync_weights(
     Raises RunFailed when the stream is not the plan or the engine refuses it.
     """
     start = time.perf_counter()
-    engine.load_weights(plan.follow(stream_hf(chunks, spec, mesh)), policy_version)
+    engine.load_weights(plan.follow(plan.stream(chunks, spec, mesh)), policy_version)
     return SyncReport(time.perf_counter() - start, plan.bytes)
 
 
@@ -131,9 +136,9 @@ def make_probes(vocab_size: int, count: int, length: int = 48, seed: int = 0) ->
     return draw.integers(0, vocab_size, (count, length)).tolist()
 
 
-def default_threshold(dtype: str) -> float:
-    """Largest mean log-prob gap that rounding alone explains in `dtype`."""
-    return THRESHOLDS[dtype]
+def default_threshold(*dtypes: str) -> float:
+    """Largest mean log-prob gap that rounding alone explains between a learner and an engine of these precisions."""
+    return max(THRESHOLDS[dtype] for dtype in dtypes)
 
 
 def measure_gap(
@@ -159,7 +164,7 @@ def check_sync(
 ) -> SyncGap:
     """Compare the engines' log-probs after a sync. Collective over the world.
 
-    `stream()` yields the learner's weights again (`lambda: stream_hf(chunks, spec, mesh)`); it is used only when the
+    `stream()` yields the learner's weights again (`lambda: plan.stream(chunks, spec, mesh)`); it is used only when the
     mean gap is above `threshold`, to find what differs. Raises RunFailed, on every rank with the same text.
 
     A mean above the threshold is accepted when every weight is equal and the median is below: then a few tokens sat on

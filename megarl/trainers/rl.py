@@ -12,7 +12,6 @@ from torch import Tensor
 from megarl import algorithms, launcher
 from megarl.algorithms import effective_sample_size, explained_variance
 from megarl.config.schema import Config
-from megarl.convert import stream_hf
 from megarl.data import PromptSource, load_tokenizer, micro_batches
 from megarl.errors import BadInput, RunFailed
 from megarl.learner.host_parked import HostParked
@@ -106,9 +105,9 @@ class RLTrainer:
                 required_field=lambda reward: required_field(cfg.reward, reward),
             )
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.model.dtype, cfg.seed, mesh, load=False)
+            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
         spec = self.policy.spec
-        self.sync_plan = SyncPlan.build(spec, cfg.model.dtype)
+        self.sync_plan = SyncPlan.build(spec, cfg.rollout_dtype)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_gap = SyncGap(0.0, 0.0)
         self.pool = GroupPool(self.algorithm)
@@ -301,11 +300,12 @@ class RLTrainer:
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
         policy, mesh = self.policy, self.mesh
-        sync_weights(self.sync_plan, policy.modules, policy.spec, mesh, self.engine, policy.updates)
-        threshold = self.cfg.rollout.sync_threshold or default_threshold(self.cfg.model.dtype)
+        cfg, plan = self.cfg, self.sync_plan
+        sync_weights(plan, policy.modules, policy.spec, mesh, self.engine, policy.updates)
+        threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
         learner = probe_log_probs(policy, self.probes)
         self.sync_gap = check_sync(
-            self.engine, self.probes, learner, threshold, mesh, lambda: stream_hf(policy.modules, policy.spec, mesh)
+            self.engine, self.probes, learner, threshold, mesh, lambda: plan.stream(policy.modules, policy.spec, mesh)
         )
 
     def evaluate(self, number: int) -> dict[str, float]:
@@ -354,6 +354,9 @@ class RLTrainer:
             squared = reduced.pop("mismatch/weight_squared")
             reduced["mismatch/ess"] = effective_sample_size(reduced["mismatch/weight_mean"], squared)
             reduced["mismatch/chi2"] = reduced.pop("mismatch/rho_squared") - 1
+        if reduced.get("routing/log_ratio_std_live"):
+            kept = reduced["routing/log_ratio_std_replayed"] / reduced["routing/log_ratio_std_live"]
+            reduced["routing/variance_share"] = 1 - kept**2
         if not self._told and (line := algorithms.measured(self.algorithm, reduced)):
             self.loop.display.note(f"warning: {line}")
             self._told = True
@@ -385,10 +388,10 @@ class RLTrainer:
         )
 
     def _routing_watch(self) -> RoutingWatch | None:
-        tokens = self.cfg.log.routing_tokens
-        if self.policy.routing is None or not tokens:
+        if self.policy.routing is None or not self.cfg.log.routing_tokens:
             return None
-        return RoutingWatch(self.policy, self.algorithm, tokens, self.cfg.rl.max_routing_mismatch)
+        log, most = self.cfg.log, self.cfg.rl.max_routing_mismatch
+        return RoutingWatch(self.policy, self.algorithm, log.routing_tokens, most, log.routing_variance)
 
     def _reference(self) -> tuple[Policy, HostParked] | None:
         if not self.algorithm.needs_reference:

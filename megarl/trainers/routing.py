@@ -14,7 +14,7 @@ from megarl.algorithms.ratio import compute_ratio
 from megarl.data import pack
 from megarl.errors import RunFailed
 from megarl.learner.policy import Policy
-from megarl.metrics import Correlation, Mean, Metric
+from megarl.metrics import Correlation, Mean, Metric, Std, WithinCorrelation
 from megarl.models.moe.drift import Drift, load_metrics
 from megarl.models.moe.replay import LIVE, RowRouting
 from megarl.parallel import GroupSum, Mesh
@@ -88,13 +88,16 @@ class RoutingWatch:
     Routing is live in both, whatever is replayed. Three comparisons of response tokens: the engine against the learner
     with the same weights (`routing/engine_*`, when the engine records experts), the learner before against after the
     update (`routing/update_*`), and in a run's first step two passes with the same weights (`routing/noise_*`), the floor
-    of both. `most_changed`: the largest share of experts, in any layer, that engine and learner may choose differently.
+    of both. With `variance` one pass a step more: the log-ratio with the experts of before the update
+    (`routing/log_ratio_*`). `most_changed`: the largest share of experts, in any layer, that engine and learner may choose
+    differently.
     """
 
     policy: Policy
     algorithm: Algorithm
     tokens: int
     most_changed: float
+    variance: bool = False
     _micro: MicroBatch | None = None
     _before: _Reading | None = None
 
@@ -126,7 +129,8 @@ class RoutingWatch:
         metrics["routing/update_gate_mass"] = drift.gate_mass(first, second, gates)
         metrics |= self._correlation(drift, self._gap(now.log_probs, self._before.log_probs), "routing/update_ratio_correlation")
         clipped = self._clipped(now, batch.select(micro.batch.sequence_index.tolist()))
-        return metrics | self._correlation(drift, clipped, "routing/update_clip_correlation")
+        metrics |= self._correlation(drift, clipped, "routing/update_clip_correlation")
+        return metrics | self._variance(now) if self.variance else metrics
 
     def _choose(self, batch: Batch) -> MicroBatch:
         """Sequences in turns for the data-parallel ranks, of each as many as fit; every rank knows all choices."""
@@ -188,6 +192,32 @@ class RoutingWatch:
         if flag is None:
             return None
         return torch.zeros(len(self._micro.batch.tokens)).index_copy_(0, owned, flag.float())
+
+    def _variance(self, now: _Reading) -> dict[str, Metric]:
+        """The log-ratio of the same tokens after the update, with the experts of now and with those of before.
+
+        By name of its three parts, `live`, `replayed` and `difference` (what the change of experts adds): its spread over
+        tokens, over sequences as log s_i (the mean over a sequence, GSPO, arXiv 2507.18071, equation 7), and how far the
+        tokens of a sequence go together. `routing/inverse_length`: mean of 1 / n, the square of the factor between the
+        first two for independent tokens.
+        """
+        micro = self._micro
+        micro.experts = self._before.experts if self.policy.routing.layers else None
+        replayed = self._read()
+        micro.experts = None
+        if now.log_probs is None:
+            return {}
+        before, own = self._before.log_probs[micro.owned].double(), micro.local_batch()
+        shards = SequenceShards(own.sequence_ids(), len(own), GroupSum(self.policy.mesh.cp_group))
+        mask = own.response_mask > 0
+        live, still = (torch.where(mask, x.log_probs[micro.owned] - before, 0.0) for x in (now, replayed))
+        metrics: dict[str, Metric] = {}
+        for name, z in {"live": live, "replayed": still, "difference": live - still}.items():
+            totals, squares, counts = shards.sum(z, z.square(), mask.double()).unbind(1)
+            metrics[f"routing/log_ratio_std_{name}"] = Std.of(z, mask)
+            metrics[f"routing/log_ratio_seq_std_{name}"] = Std.of(totals / counts.clamp(min=1), counts)
+            metrics[f"routing/log_ratio_within_{name}"] = WithinCorrelation.of(counts, totals, squares)
+        return metrics | {"routing/inverse_length": Mean.of(1 / counts.clamp(min=1), counts)}
 
     def _check_alignment(self, drift: Drift) -> None:
         mine = [(layer, int(count), int(drift.mask.sum())) for layer, count in zip(drift.layers, drift.changed.sum(1))]

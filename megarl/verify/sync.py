@@ -6,7 +6,6 @@ import math
 
 from megarl import launcher
 from megarl.config.schema import Config
-from megarl.convert import stream_hf
 from megarl.errors import RunFailed
 from megarl.learner.policy import Policy
 from megarl.learner.probes import probe_log_probs
@@ -38,13 +37,13 @@ def verify_sync(cfg: Config) -> int:
         ensure_checkpoint(cfg.model)
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
-    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.model.dtype, cfg.seed, mesh, load=False)
-    plan = SyncPlan.build(policy.spec, cfg.model.dtype)
-    threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype)
+    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    plan = SyncPlan.build(policy.spec, cfg.rollout_dtype)
+    threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
     probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)
     report = sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy_version=0)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
-    weights = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
+    weights = compare_with_learner(engine, mesh, plan.stream(policy.modules, policy.spec, mesh))
     stream = launcher.terminal()
     if mesh.is_main and stream is not None:
         print("\n".join(render(plan, report, gap, threshold, weights)), file=stream, flush=True)

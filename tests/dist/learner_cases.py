@@ -183,3 +183,29 @@ def router_moves(path: str) -> list[dict[str, float]]:
         others = [gap for name, gap in moved.items() if "router" not in name]
         out.append({"routers": max(routers), "others": min(others)})
     return out
+
+
+def log_ratio_spread(path: str, parallel: dict[str, Any]) -> list[dict[str, float]]:
+    """What the watch measures without an update, after one of the output layer alone, and after one of the routers."""
+    from megarl import algorithms
+    from megarl.config.schema import Algorithm
+    from megarl.trainers.routing import RoutingWatch
+
+    cfg = Config(model=Model(path=path), parallel=Parallel(**parallel))
+    mesh = Mesh.build(cfg.parallel)
+    policy = Policy.from_hf(path, cfg, mesh, routing=True)
+    batch = fixed_batch()
+    batch = batch.replace(
+        sequence_index=torch.arange(len(batch)), advantages=torch.ones(len(batch.tokens)), token_weights=None
+    )
+    algorithm = algorithms.from_config(Algorithm(preset="gspo"), 40)
+    watch = RoutingWatch(policy, algorithm, tokens=2000, most_changed=0.3, variance=True)
+    watch.before(batch, noise=False)
+    out = []
+    for changed, change in (("", None), ("output_layer", lambda p: p.mul_(1.5)), ("router.weight", lambda p: p.copy_(p.flip(0)))):
+        for name, parameter in (item for chunk in policy.modules for item in chunk.named_parameters()):
+            if changed and changed in name:
+                with torch.no_grad():
+                    change(parameter)
+        out.append(reduce_metrics(watch.after(batch), mesh.all_gather_object))
+    return out

@@ -164,3 +164,26 @@ def test_the_load_balancing_loss_is_that_of_the_whole_row(checkpoint, balanced, 
 def test_a_frozen_router_keeps_its_weights(checkpoint):
     free, frozen = run_ranks("tests.dist.learner_cases:router_moves", 1, checkpoint)[0]
     assert frozen["routers"] == 0.0 < free["routers"] and frozen["others"] > 0.0
+
+
+@pytest.fixture(scope="module")
+def spread(checkpoint):
+    return run_ranks("tests.dist.learner_cases:log_ratio_spread", 1, checkpoint, {})[0]
+
+
+def test_the_spread_of_the_log_ratio_is_split_into_weights_and_routing(spread):
+    untouched, output_layer, routers = spread
+    std = {name: f"routing/log_ratio_std_{name}" for name in ("live", "replayed", "difference")}
+    assert untouched[std["live"]] == untouched[std["replayed"]] == 0.0
+    assert output_layer[std["live"]] == output_layer[std["replayed"]] > 0.0 == output_layer[std["difference"]]
+    assert output_layer["routing/update_changed"] == 0.0 < routers["routing/update_changed"]
+    assert routers[std["difference"]] > 0.0
+    assert 0.0 < routers["routing/log_ratio_seq_std_live"] < routers[std["live"]]
+
+
+@pytest.mark.parametrize("parallel", [dict(ep=2), dict(cp=2), dict(tp=2), dict(pp=2)])
+def test_the_spread_of_the_log_ratio_is_that_of_one_process(checkpoint, spread, parallel):
+    for rank in run_ranks("tests.dist.learner_cases:log_ratio_spread", 2, checkpoint, parallel):
+        for mine, expected in zip(rank, spread, strict=True):
+            measured = {name: value for name, value in expected.items() if "log_ratio" in name or "inverse" in name}
+            assert {name: mine.get(name) for name in measured} == pytest.approx(measured, rel=1e-3, abs=1e-6)

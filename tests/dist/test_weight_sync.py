@@ -97,10 +97,11 @@ def test_a_stream_that_skips_a_layer_is_refused(ranks):
     [
         dict(tp=2, rollout=dict(tensor_parallel=2)),
         dict(pp=2, dtype="bfloat16"),
+        dict(ep=2, dtype="bfloat16", learner="float32"),
         dict(ep=2, rollout=dict(tensor_parallel=2, expert_parallel=True)),
         dict(tp=2, rollout=dict(data_parallel=2, expert_parallel=True)),
     ],
-    ids=["tensor", "bfloat16", "experts", "lock-step"],
+    ids=["tensor", "bfloat16", "mixed", "experts", "lock-step"],
 )
 def test_other_layouts(path, settings):
     for rank in run_ranks(SYNC, 2, path, timeout=300, **settings):

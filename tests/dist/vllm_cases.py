@@ -203,27 +203,32 @@ def _process_state() -> dict:
     }
 
 
-def sync(path: str, dtype: str = "float32", rollout: dict[str, Any] = {}, **degrees) -> dict:
-    """Syncs a learner into an engine started without weights, whole and then broken in several ways."""
+def sync(
+    path: str, dtype: str = "float32", learner: str | None = None, rollout: dict[str, Any] = {}, **degrees
+) -> dict:
+    """Syncs a learner into an engine started without weights, whole and then broken in several ways.
+
+    `dtype` is the engine's, and the learner's unless that is given.
+    """
     platform.setup()
-    from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
     from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
-    policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=dtype), parallel=parallel), mesh)
+    learner = learner or dtype
+    policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=learner), parallel=parallel), mesh)
     spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)
     expected = probe_log_probs(policy, probes)
 
     def stream():
-        return stream_hf(policy.modules, spec, mesh)
+        return plan.stream(policy.modules, spec, mesh)
 
     def check() -> list[float] | str:
         try:
-            gap = check_sync(engine, probes, expected, default_threshold(dtype), mesh, stream)
+            gap = check_sync(engine, probes, expected, default_threshold(learner, dtype), mesh, stream)
         except RunFailed as error:
             return str(error)
         return [gap.mean, gap.max]

@@ -37,22 +37,20 @@ def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
     from megarl.rollout import weight_sync
     from megarl.trainers import rl
 
-    plain = weight_sync.stream_hf
-
-    def swapped(*args):
-        for name, tensor in plain(*args):
+    def swapped(_plan, stream):
+        for name, tensor in stream:
             if "layers.1.mlp.experts.2." in name:
                 name = name.replace("experts.2.", "experts.5.")
             elif "layers.1.mlp.experts.5." in name:
                 name = name.replace("experts.5.", "experts.2.")
             yield name, tensor
 
-    def skipped(*args):
-        for name, tensor in plain(*args):
+    def skipped(_plan, stream):
+        for name, tensor in stream:
             yield name, tensor * 0.5 if "layers.0.self_attn.o_proj" in name else tensor
 
-    weight_sync.stream_hf = skipped if layer_skipped else swapped
-    weight_sync.SyncPlan.follow = lambda self, stream: stream  # past the first guard, to the comparison of log-probs
+    # in the place of the first guard, so that the comparison of log-probs has to notice
+    weight_sync.SyncPlan.follow = skipped if layer_skipped else swapped
     try:
         rl.run(load_config(config))
     except RunFailed as error:

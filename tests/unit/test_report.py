@@ -17,6 +17,7 @@ from megarl.metrics import Max, Mean
 from megarl.report import render_summary, write_report
 from megarl.report.charts import MOST_POINTS, Chart, Series, render, show
 from megarl.report.data import figures, load_run
+from megarl.report.heat_map import MOST_COLUMNS, HeatMap, render_heat_map
 from megarl.report.panels import _wilson
 from megarl.trainers.display import Display, Phases, duration, task
 
@@ -42,6 +43,15 @@ def rl_row(step: int) -> dict:
         "memory/rss_gib": 4.0 + step / 10,
         "policy/kl_ref": None,
     }
+
+
+def routing_row(step: int, layers: int = 48) -> dict:
+    row = {"step": step, "routing/update_changed": 0.03, "routing/engine_changed": 0.01, "routing/update_pair": 0.1}
+    row |= {"routing/noise_changed": 0.002} if step == 1 else {}
+    for layer in range(layers):
+        row[f"routing/update_changed/layer_{layer:02}"] = layer / 1000
+        row[f"routing/load_max_over_mean/layer_{layer:02}"] = 1.0 + layer + step / 10
+    return row
 
 
 def trajectory(score: float, text: str) -> dict:
@@ -73,7 +83,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self.feed(text)
-        self.charts = [json.loads(a["data-chart"]) for tag, a in self.tags if tag == "figure"]
+        self.charts = [json.loads(a["data-chart"]) for tag, a in self.tags if "data-chart" in a]
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -98,6 +108,29 @@ def test_every_value_of_the_run_is_in_its_chart(run_dir):
     assert "KL" not in shown, "a series without a number is left out"
     assert "+25.0 points" in page.text
     assert "1 min 01 s" in page.text
+
+
+def test_routing_is_shown_by_layer_and_step(tmp_path):
+    write_jsonl(tmp_path / "rl" / "metrics.jsonl", [routing_row(s) for s in range(1, 1001)])
+    page = report(tmp_path)
+    assert "Routing" in page.text and "noise floor" in page.text
+    shown = {s["name"]: s["points"] for chart in page.charts for s in chart["series"]}
+    assert shown["engine against learner"][0][3] == "1.0%"
+    assert (shown["worst layer"][0][3], shown["mean of the layers"][0][3]) == ("48.1", "24.6")
+    maps = [json.loads(a["data-heat"]) for _, a in page.tags if "data-heat" in a]
+    assert len(maps) == 2, "the engine's layers were not measured"
+    assert maps[0]["rows"] == [str(layer) for layer in range(48)]
+    assert len(maps[0]["columns"]) <= MOST_COLUMNS and maps[0]["columns"][0] == "1 to 9"
+    assert maps[0]["values"][10] == ["1.0%"] * len(maps[0]["columns"])
+    assert figures(load_run(tmp_path))["experts_changed_update"] == pytest.approx(0.03)
+    assert "Experts changed by a step's update        3.0%" in render_summary(tmp_path)
+
+
+def test_a_heat_map_leaves_out_what_was_not_measured():
+    drawn = render_heat_map(HeatMap("m", "", [("0", [(1, 0.0), (2, 1.0)]), ("1", [(2, 0.5)])]))
+    (attributes,) = [a for tag, a in Page(drawn).tags if tag == "figure"]
+    assert json.loads(attributes["data-heat"])["values"] == [["0", "1"], [None, "0.5"]]
+    assert render_heat_map(HeatMap("m", "", [("0", [])])) == ""
 
 
 def test_the_page_is_one_file_that_loads_nothing(run_dir):
@@ -255,6 +288,13 @@ def test_a_step_is_one_plain_line_off_a_terminal():
         "rl step 5/10 | accuracy 50.0% | rollout tok/s 5,210 | 2.25 s = generate 1.50 + update 0.50 | left 0:0"
     )
     assert line.count("\n") == 1
+
+
+def test_a_step_says_how_many_experts_changed_when_it_was_measured():
+    out = io.StringIO()
+    with Display("rl", 10, start=4, stream=out) as display:
+        display.update(5, {"routing/update_changed": 0.0123, "routing/engine_changed": 0.004})
+    assert "experts changed 1.23% | by the engine 0.40%" in out.getvalue()
 
 
 def test_a_terminal_gets_a_live_panel_and_other_ranks_nothing():

@@ -247,7 +247,7 @@ def megarl_config(model: Path, out: Path, ep: int) -> dict:
         "rollout": {"max_response_tokens": COMMON["max_tokens"], "temperature": 1.0, "max_context": 128},
         "reward": {"type": "turns:distinct_characters"},
         "checkpoint": {"every": 0},
-        "log": {"tensorboard": False, "rollouts_every": 0},
+        "log": {"tensorboard": False, "rollouts_every": 0, "routing_tokens": 0},  # TRL does not measure routing
     }
 
 
