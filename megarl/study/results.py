@@ -18,7 +18,7 @@ from megarl.report.charts import Chart, Series, render, show
 from megarl.report.intervals import Intervals, render_intervals
 from megarl.report.page import document
 from megarl.study.drift import Run
-from megarl.study.statistics import QUANTITIES, Interval, Quantity, Row, bootstrap, summarise
+from megarl.study.statistics import QUANTITIES, Interval, Quantity, Row, bootstrap, coverage, summarise
 
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
 COMPARED = ("reward", "entropy", "grad_norm", "zero", "changed", "gap", "std", "share")  # in the differences
@@ -129,16 +129,16 @@ def findings(study: Study, config: Config) -> list[str]:
         for arm, against in comparisons(config, study):
             difference = study.difference(arm, against, key)
             tried += not math.isnan(difference.mean)
-            if difference.excludes_zero:
+            if difference.is_clear:
                 clear.append(f"{arm} against {against} {change(difference, quantity.unit)}")
         seen += len(clear)
         if clear:
-            lines.append(f"{quantity.label}: the interval of the difference leaves out 0 for " + "; ".join(clear) + ".")
+            lines.append(f"{quantity.label}: more than noise for " + "; ".join(clear) + ".")
         else:
             lines.append(f"{quantity.label}: every difference is within noise.")
     lines.append(
-        f"{seen} of {tried} differences leave out 0; about {max(1, round(tried / 20))} would by chance alone, and more with so "
-        "few seeds. Those not named are within noise."
+        f"{seen} of {tried} differences are more than noise by Student's t at 95 %; if there were no effect at all, about "
+        f"{max(1, round(tried / 20))} would be. Differences that are not named are within noise."
     )
     return lines
 
@@ -203,8 +203,9 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
 
 NOTES = (
     "Means over seeds; in brackets the 95 % percentile bootstrap over seeds. Differences are taken seed by seed: the arms of "
-    "a seed share their warm start, the order of the prompts and the seeds of the samples. With so few seeds such an interval "
-    "is too narrow rather than too wide.",
+    "a seed share their warm start, the order of the prompts and the seeds of the samples. Such an interval is too narrow over "
+    "few seeds: of normally distributed values it holds the mean {coverage:.0%} of the time over {seeds}. "
+    "What is called more than noise is so by Student's t.",
     "The variance is measured on the sequences of a rollout's first optimizer step after its last one: once with live "
     "routing, once with the experts that the same tokens had before the update.",
     "That a tiny model does or does not collapse says nothing about a large one; the mechanism (variance, share of changed "
@@ -221,7 +222,7 @@ class Table:
 
 
 def tables(study: Study, config: Config) -> list[Table]:
-    """Every arm's numbers, and the differences that are looked at; a difference whose interval leaves out 0 has a star."""
+    """Every arm's numbers, and the differences that are looked at; one that is more than noise has a star."""
     out = []
     for title, keys in TABLES.items():
         chosen = [BY_KEY[key] for key in keys]
@@ -231,17 +232,23 @@ def tables(study: Study, config: Config) -> list[Table]:
     rows = []
     for arm, against in comparisons(config, study):
         found = [(study.difference(arm, against, q.key), q.unit) for q in chosen]
-        cells = [change(difference, unit) + (" *" if difference.excludes_zero else "") for difference, unit in found]
+        cells = [change(difference, unit) + (" *" if difference.is_clear else "") for difference, unit in found]
         rows.append([f"{arm} - {against}", *cells])
-    star = "*: the interval leaves out 0."
+    star = "*: not 0 by Student's t at 95 % over the seeds' differences; without one: within noise."
     return [*out, Table("Differences, seed by seed", ["arms", *(q.label for q in chosen)], rows, [star])]
+
+
+def notes(study: Study) -> list[str]:
+    """How the numbers are to be read."""
+    seeds = max(2, len(study.seeds))
+    return [note.format(coverage=coverage(seeds), seeds=seeds) for note in NOTES]
 
 
 def markdown(study: Study, config: Config, command: str) -> str:
     """RESULTS.md."""
     lines = ["# Routing drift: methods with and without routing replay", ""]
     lines += [f"- {term}: {f'`{fact}`' if term == 'Command' else fact}" for term, fact in provenance(study, config, command)]
-    lines += ["", *(f"{note}\n" for note in NOTES)]
+    lines += ["", *(f"{note}\n" for note in notes(study))]
     lines += ["## What routing does to the ratio, without replay", "", *(f"- {x}" for x in mechanism(study, config)), ""]
     lines += ["## Which differences are more than noise", "", *(f"- {x}" for x in findings(study, config)), ""]
     for table in tables(study, config) if study.seeds else []:
@@ -254,11 +261,11 @@ def html(study: Study, config: Config, command: str) -> str:
     """study.html."""
     facts = "".join(f"<dt>{escape(t)}</dt><dd>{escape(fact)}</dd>" for t, fact in provenance(study, config, command))
     header = f'<div class="name"><h1>Routing drift</h1></div><dl class="facts">{facts}</dl>'
-    notes = "".join(f"<p>{escape(note)}</p>" for note in NOTES)
+    small_print = "".join(f"<p>{escape(note)}</p>" for note in notes(study))
     parts = []
     if study.seeds:
         seen = "".join(f"<li>{escape(line)}</li>" for line in mechanism(study, config) + findings(study, config))
-        parts.append(("findings", "What was seen", f'<div class="card"><ul>{seen}</ul>{notes}</div>'))
+        parts.append(("findings", "What was seen", f'<div class="card"><ul>{seen}</ul>{small_print}</div>'))
         plots = "".join(render_intervals(_intervals(study, config, BY_KEY[key])) for key in PLOTTED)
         parts.append(("arms", "Arms", f'<div class="charts">{plots}</div>'))
         parts.append(("tables", "Tables", "".join(map(_html_table, tables(study, config)))))

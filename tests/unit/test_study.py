@@ -14,7 +14,7 @@ from megarl.errors import BadInput
 from megarl.metrics import WithinCorrelation
 from megarl.study.drift import run_study, runs
 from megarl.study.results import Study, findings, markdown, write_results
-from megarl.study.statistics import QUANTITIES, bootstrap, has_collapsed, spikes, summarise
+from megarl.study.statistics import QUANTITIES, bootstrap, coverage, has_collapsed, spikes, summarise
 
 CONFIG = Path(__file__).parents[2] / "configs" / "studies" / "drift" / "study.yaml"
 
@@ -23,19 +23,21 @@ def study_config(tmp_path: Path, *overrides: str):
     return load_config(CONFIG, [f"run_dir={tmp_path}/runs", f"study.results={tmp_path}/out", *overrides])
 
 
-def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_the_interval_of_a_mean_holds_it_as_often_as_it_says(seeds):
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(300, 20, generator=generator, dtype=torch.float64)
-    covered = sum(x.low <= 0 <= x.high for x in (bootstrap(row.tolist(), 1000) for row in draws))
-    assert 0.88 < covered / 300 < 0.98
+    draws = torch.randn(400, seeds, generator=generator, dtype=torch.float64)
+    held = sum(x.low <= 0 <= x.high for x in (bootstrap(row.tolist(), 1000) for row in draws))
+    assert held / 400 == pytest.approx(coverage(seeds), abs=0.06)  # three standard errors
 
 
 def test_an_interval_needs_two_seeds_and_leaves_out_what_was_not_measured():
     assert bootstrap([1.0, math.nan, 3.0]).mean == 2.0
     assert bootstrap([1.0, 3.0]).low == 1.0
     assert math.isnan(bootstrap([5.0, math.nan]).low)
-    assert not bootstrap([5.0]).excludes_zero
-    assert bootstrap([1.0, 2.0, 3.0]).excludes_zero
+    assert not bootstrap([5.0]).is_clear
+    assert bootstrap([1.0, 1.2, 1.4]).is_clear
+    assert not bootstrap([1.0, 2.0, 3.0]).is_clear, "t = 3.5, and two degrees of freedom need 4.3"
     assert math.isnan(bootstrap([]).mean)
 
 
@@ -137,7 +139,7 @@ def test_the_results_say_what_is_noise_and_how_many_seeds_there_are(finished):
     study = Study.load(arms)
     assert study.seeds == [1, 2]
     lines = findings(study, config)
-    assert any(line.startswith("Experts changed") and "leaves out 0" in line and "-7.85 points" in line for line in lines)
+    assert any(line.startswith("Experts changed") and "more than noise" in line and "-7.85 points" in line for line in lines)
     assert any(line.startswith("Reward") and "every difference is within noise" in line for line in lines)
     text = markdown(study, config, "megarl study drift x.yaml")
     assert "2 of 3 complete (1, 2)" in text
