@@ -21,7 +21,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
@@ -36,7 +35,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 from megarl.models.layers.lm_head import LMHead  # noqa: E402
 from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
 from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
-from megarl.models.moe.experts import GroupedExperts  # noqa: E402
+from megarl.models.moe.layer import MoE  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
@@ -123,7 +122,7 @@ def transformer_config(
 
 def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
     if is_moe:
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts)))
+        mlp = MoE
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(module=MLP, submodules=linears)

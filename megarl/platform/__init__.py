@@ -82,14 +82,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gated_experts(
-    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    ends: torch.Tensor,
+    probs: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`down(silu(gate x) * (up x) * prob)` for rows sorted by expert, the fastest way of the device; differentiable.
+    """The sum over a token's experts of `down(silu(gate x) * (up x) * prob)`, the fastest way of the device;
+    differentiable.
 
-    Rows `ends[e-1]:ends[e]` of `x [rows, H]` go through expert e: weight1 `[E, 2F, H]` (gate above up), weight2
-    `[E, H, F]`, ends `[E]` int32, probs `[rows]` in the dtype of `x`. Returns `[rows, H]`. An expert may have no row.
+    Of n token-expert pairs sorted by expert, `ends[e-1]:ends[e]` go through expert e; pair i is of the token
+    `x[rows[i]]`, or of `x[i]` when `rows` is None. x `[tokens, H]`, weight1 `[E, 2F, H]` (gate above up), weight2
+    `[E, H, F]`, ends `[E]` int32, probs `[n]` in the dtype of `x`, rows `[n]` int64. Returns `[tokens, H]`. An expert may
+    have no token.
     """
-    return _module().gated_experts(x, weight1, weight2, ends, probs)
+    return _module().gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -68,11 +68,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gated_experts(
-    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    ends: torch.Tensor,
+    probs: torch.Tensor,
+    rows: torch.Tensor | None,
 ) -> torch.Tensor:
     from megarl.platform.cpu_products import GatedExperts
 
-    return GatedExperts.apply(x, weight1, weight2, ends, probs)
+    rows = torch.arange(len(x)) if rows is None else rows
+    return GatedExperts.apply(x, weight1, weight2, ends, probs, rows)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -39,11 +39,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gated_experts(
-    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, ends: torch.Tensor, probs: torch.Tensor
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    ends: torch.Tensor,
+    probs: torch.Tensor,
+    rows: torch.Tensor | None,
 ) -> torch.Tensor:
     from megarl.platform import cuda_experts
 
-    return cuda_experts.gated_experts(x, weight1, weight2, ends, probs)
+    return cuda_experts.gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gated_experts(x: Tensor, weight1: Tensor, weight2: Tensor, ends: Tensor, probs: Tensor) -> Tensor:
+def gated_experts(
+    x: Tensor, weight1: Tensor, weight2: Tensor, ends: Tensor, probs: Tensor, rows: Tensor | None
+) -> Tensor:
     """See `platform.gated_experts`."""
-    return grouped_mm(WeightedSwiGLU.apply(grouped_mm(x, weight1, ends), probs), weight2, ends)
+    own = x if rows is None else x.index_select(0, rows)
+    out = grouped_mm(WeightedSwiGLU.apply(grouped_mm(own, weight1, ends), probs), weight2, ends)
+    return out if rows is None else torch.zeros_like(x).index_add(0, rows, out)
 
 
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

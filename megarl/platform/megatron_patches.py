@@ -32,6 +32,7 @@ def install() -> None:
     token_dispatcher.sort_chunks_by_idxs = _unless_sorted(token_dispatcher.sort_chunks_by_idxs)
     from megatron.core.transformer.moe import router
 
+    router.router_gating_linear = _same_dtype_by_platform(router.router_gating_linear)
     router.topk_routing_with_score_function = _in_float64(router.topk_routing_with_score_function)
     import megatron.core.tensor_parallel.mappings as mappings
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -70,6 +71,16 @@ def _by_platform(plain: Any) -> Any:
         if alone and bias is None and how.get("grad_output_buffer") is None:
             return platform.linear(input, weight)
         return plain(input, weight, bias, **how)
+
+    return linear
+
+
+def _same_dtype_by_platform(plain: Any) -> Any:
+    """The router's product saves memory when it is more precise than the layer; otherwise it is a plain one."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        alone = bias is None and x.dtype == weight.dtype == dtype
+        return platform.linear(x, weight) if alone else plain(x, weight, bias, dtype)
 
     return linear
 

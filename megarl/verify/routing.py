@@ -56,8 +56,8 @@ def verify_routing(cfg: Config) -> None:
     lines, problems = check.run()
     stream = launcher.terminal()
     if mesh.is_main and stream is not None:
-        print("\n".join([f"{len(batch)} sampled sequences, {len(batch.tokens)} tokens; {cfg.model.dtype}", *lines]),
-              file=stream, flush=True)  # fmt: skip
+        title = f"{len(batch)} sampled sequences, {len(batch.tokens)} tokens; {cfg.model.dtype}"
+        print("\n".join([title, *lines]), file=stream, flush=True)
     if problems:
         raise RunFailed(f"verify routing: {'; '.join(problems)}")
 

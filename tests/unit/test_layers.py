@@ -11,7 +11,7 @@ platform.setup()
 
 from megarl.models.layers.torch_layers import _rotate  # noqa: E402
 from megarl.models.packing_params import _rotary  # noqa: E402
-from megarl.platform import cpu_products, cuda_experts  # noqa: E402
+from megarl.platform import cpu, cpu_products, cuda_experts  # noqa: E402
 
 
 def test_rms_norm_and_its_gradient():
@@ -37,40 +37,45 @@ def test_rotary_and_its_gradient():
     assert torch.allclose(mine, plain, atol=1e-6, rtol=0)
 
 
-def _experts(counts: list[int], dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """(x, weight1, weight2, probs) of three experts, and where their rows end."""
+def _experts(counts: list[int], tokens: int, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """(x, weight1, weight2, probs) of three experts, and where their pairs end."""
     torch.manual_seed(0)
-    rows, hidden, ffn = sum(counts), 24, 8
-    shapes = [(rows, hidden), (3, 2 * ffn, hidden), (3, hidden, ffn), (rows,)]
+    hidden, ffn = 24, 8
+    shapes = [(tokens, hidden), (3, 2 * ffn, hidden), (3, hidden, ffn), (sum(counts),)]
     tensors = [torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes]
     return tuple(t.requires_grad_() for t in tensors), torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
-def _plain_experts(x, weight1, weight2, ends, probs):
-    borders, out = [0, *ends.tolist()], []
+def _plain_experts(x, weight1, weight2, ends, probs, rows):
+    borders, out = [0, *ends.tolist()], torch.zeros_like(x)
     for expert, (up, down) in enumerate(zip(weight1, weight2, strict=True)):
-        rows = slice(borders[expert], borders[expert + 1])
-        gate, linear = (x[rows] @ up.t()).chunk(2, -1)
-        out.append(torch.nn.functional.silu(gate) * linear * probs[rows, None] @ down.t())
-    return torch.cat(out)
+        pairs = slice(borders[expert], borders[expert + 1])
+        gate, linear = (x[rows[pairs]] @ up.t()).chunk(2, -1)
+        results = torch.nn.functional.silu(gate) * linear * probs[pairs, None] @ down.t()
+        out = out.index_add(0, rows[pairs], results)
+    return out
 
 
 # a piece that borrows rows after it, before it, or has none to borrow; experts of several pieces and of no token
-@pytest.mark.parametrize("counts", [[3, 0, 5], [20, 7, 3], [1100, 0, 30], [0, 16, 0], [0, 0, 0]])
+@pytest.mark.parametrize("counts", [[3, 0, 5], [20, 7, 3], [1700, 0, 30], [0, 16, 0], [0, 0, 0]])
+@pytest.mark.parametrize("shared", [False, True])  # a token of several experts, and one of none; or each of one
 @pytest.mark.parametrize(
     ("way", "dtype"),
     [
-        (cpu_products.GatedExperts.apply, torch.float64),
-        (cpu_products.GatedExperts.apply, torch.float32),
+        (cpu.gated_experts, torch.float64),
+        (cpu.gated_experts, torch.float32),
         (cuda_experts.gated_experts, torch.float32),
     ],
 )
-def test_gated_experts_and_their_gradients(counts, way, dtype):
-    tensors, ends = _experts(counts, dtype)
-    x, weight1, weight2, probs = tensors
+def test_gated_experts_and_their_gradients(counts, shared, way, dtype):
+    pairs = sum(counts)
+    tokens = max(counts) + 1 if shared else pairs
+    tensors, ends = _experts(counts, tokens, dtype)
+    rows = torch.cat([torch.randperm(tokens - 1)[:count] for count in counts]) if shared else None
     precise = tuple(t.detach().double().requires_grad_() for t in tensors)
-    out = way(x, weight1, weight2, ends, probs)
-    expected = _plain_experts(*precise[:3], ends, precise[3])
+    x, weight1, weight2, probs = tensors
+    out = way(x, weight1, weight2, ends, probs, rows)
+    expected = _plain_experts(*precise[:3], ends, precise[3], rows if shared else torch.arange(pairs))
     tolerance = {"atol": 1e-12 if dtype is torch.float64 else 2e-5, "rtol": 1e-5}
     assert torch.allclose(out.double(), expected, **tolerance)
     upstream = torch.randn_like(out)

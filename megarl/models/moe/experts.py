@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -15,8 +15,15 @@ from torch import Tensor
 from megarl import platform
 
 
+class Routed(NamedTuple):
+    """Token-expert pairs in the order of their experts: `counts [E]` of each expert, `rows [n]`: the token of each."""
+
+    counts: Tensor
+    rows: Tensor
+
+
 class GroupedExperts(MegatronModule):
-    """Gated experts (SwiGLU, 2002.05202) over tokens sorted by local expert.
+    """Gated experts (SwiGLU, 2002.05202) over token-expert pairs sorted by local expert.
 
     weight1 `[E/ep, 2, F/etp, H]` (0 = gate, 1 = up) and weight2 `[E/ep, H, F/etp]`. An expert may have no token.
     """
@@ -44,12 +51,13 @@ class GroupedExperts(MegatronModule):
             # leaves out the experts of tensor-parallel ranks above 0 when etp < tp
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=2, stride=1)
 
-    def forward(self, hidden: Tensor, tokens_per_expert: Any, probs: Tensor) -> tuple[Tensor, None]:
-        """`hidden [tokens, H]` sorted by expert, `tokens_per_expert [E/ep]`, `probs [tokens]` -> `[tokens, H]`."""
-        counts = torch.as_tensor(tokens_per_expert, device=hidden.device)
-        ends = counts.cumsum(0).to(torch.int32)
+    def forward(self, hidden: Tensor, routed: Routed | Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """`[tokens, H]` of `hidden [tokens, H]`, by `LocalDispatcher`'s pairs or, after one of Megatron's, sorted by
+        expert, with as many of each as the tensor says; `probs` of each pair."""
+        counts, rows = routed if isinstance(routed, Routed) else (routed, None)
+        ends = torch.as_tensor(counts, device=hidden.device).cumsum(0).to(torch.int32)
         weight1 = self.weight1.flatten(1, 2)
-        return platform.gated_experts(hidden, weight1, self.weight2, ends, probs.to(hidden.dtype)), None
+        return platform.gated_experts(hidden, weight1, self.weight2, ends, probs.to(hidden.dtype), rows), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the ordinary backward."""

@@ -24,7 +24,7 @@ def ranks(trained: Project, tmp_path_factory: pytest.TempPathFactory) -> list[di
     settings |= {"eval": {"data": []}, "log": {"tensorboard": False, "rollouts_every": 0}, "checkpoint": {"every": 0}}
     settings["rl"] |= {"steps": 1, "init_from": "model", "prompts_per_step": 8}
     settings["rl"]["algorithm"] = {"preset": "gspo", "gate": {"low": 0.01, "high": 0.013}}
-    settings["rl"]["optimizer"] |= {"warmup_steps": 0}
+    settings["rl"]["optimizer"] |= {"warmup_steps": 0, "lr": 5e-3}  # so that one step moves routing
     settings["model"] = {"path": str(trained.run / "sft" / "hf")}
     project.config.write_text(yaml.safe_dump(settings))
     rollouts = {"without": str(trained.run / "rl" / "rollouts"), "of three layers": str(folder / "rollouts")}

@@ -1,0 +1,56 @@
+"""Megatron's MoE layer, with a dispatcher of ours where tokens need not travel."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megarl.models.moe.experts import GroupedExperts, Routed
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """For experts that are all here and whole: they read their tokens where these are.
+
+    Megatron's dispatchers copy every token to each of its experts and every result back, in tensors of top-k times the
+    size of the hidden states.
+    """
+
+    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.hidden_shape, self.routing_map = hidden.shape, routing_map
+        return hidden.view(-1, hidden.shape[-1]), probs
+
+    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, probs
+
+    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Routed, Tensor]:
+        """`hidden [tokens, H]` as it is; `probs [tokens, E]` of the pairs that are routed."""
+        experts, rows = self.routing_map.t().contiguous().nonzero(as_tuple=True)
+        num_experts = probs.shape[1]
+        counts = torch.bincount(experts, minlength=num_experts)
+        return hidden, Routed(counts, rows), probs.flatten().index_select(0, rows * num_experts + experts)
+
+    def combine_preprocess(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def token_combine(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def combine_postprocess(self, hidden: Tensor) -> Tensor:
+        return hidden.view(self.hidden_shape)
+
+
+class MoE(MoELayer):
+    """`MoELayer` of `GroupedExperts`, with a `LocalDispatcher` when ep and etp are 1.
+
+    It stands in a layer's spec as the class itself: of a `ModuleSpec` Megatron knows its own classes only.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        groups = get_default_pg_collection()
+        super().__init__(config, MoESubmodules(experts=GroupedExperts), pg_collection=groups)
+        if groups.ep.size() * groups.expt_tp.size() == 1:
+            self.token_dispatcher = LocalDispatcher(config, groups)
