@@ -156,15 +156,16 @@ class RoutingCheck:
             lines.append(f"{number:5} {share:8.2%} {layer.pairs / max(layer.rows, 1):8.2%}  {found}")
             if self.is_exact and layer.unexplained:
                 problems.append(
-                    f"layer {number}: {layer.unexplained} of {layer.rows} tokens took other experts in the engine than the "
-                    f"learner's router chooses, and not by a near-tie (largest margin {layer.margins[-1]:.1e}, a tie is "
-                    f"below {TIE:.0e}): rows or layers are misaligned, or the weights differ"
+                    f"layer {number}: {layer.unexplained} of {layer.rows} tokens took other experts in the engine, and not by a "
+                    f"near-tie (margins up to {layer.margins[-1]:.1e})"
                 )
             elif share > self.most_changed:
                 problems.append(
                     f"layer {number}: {share:.0%} of the engine's experts are not the learner's (rl.max_routing_mismatch = "
-                    f"{self.most_changed:.0%}): rows or layers are misaligned, or the weights differ"
+                    f"{self.most_changed:.0%})"
                 )
+        if problems:
+            problems[-1] += ": rows or layers are misaligned, or the weights differ"
         near = sum(margin < TIE for layer in layers.values() for margin in layer.margins)
         lines.append(f"tokens with any difference: {tokens:.2%}; {near} disagreements are near-ties (below {TIE:.0e})")
         return lines, problems
