@@ -39,9 +39,13 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has its result, or has ended in an error that ends it again (`failed.json`; delete it to retry)."""
-        result = self.folder / ("sft/hf/config.json" if self.part == "sft" else "summary.json")
-        return result.exists() or (self.folder / "failed.json").exists()
+        """Whether it has its result."""
+        return (self.folder / ("sft/hf/config.json" if self.part == "sft" else "summary.json")).exists()
+
+    @property
+    def failure(self) -> Path:
+        """Written when it ended in an error: its steps until then count, and the next start of the study tries it again."""
+        return self.folder / "failed.json"
 
 
 def runs(config: Config) -> Iterator[Run]:
@@ -88,12 +92,13 @@ def run_study(config: Config, overrides: list[str], config_path: Path) -> int:
         if run.is_done:
             continue
         print(f"study: {number} of {len(todo)}: {run.title}", flush=True)
+        run.failure.unlink(missing_ok=True)
         started = time.monotonic()
         code = _launch(run)
         if code == 2 or code >= 128 or (code and run.part == "sft"):
             return code
         if code:
-            (run.folder / "failed.json").write_text(json.dumps({"code": code}) + "\n")
+            run.failure.write_text(json.dumps({"code": code}) + "\n")
         print(f"study: {run.title}: {'failed, ' if code else ''}{time.monotonic() - started:.0f} s", flush=True)
         if run.part == "rl":
             write_results(config, arms, command)

@@ -21,9 +21,9 @@ from megarl.study.drift import Run
 from megarl.study.statistics import QUANTITIES, Interval, Quantity, Row, bootstrap, coverage, summarise
 
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
-COMPARED = ("reward", "entropy", "grad_norm", "zero", "changed", "gap", "std", "share")  # in the differences
+COMPARED = ("reward", "accuracy", "entropy", "grad_norm", "zero", "changed", "gap", "std", "share")  # in the differences
 TABLES = {
-    "Training": ("reward", "best", "collapsed", "entropy", "grad_norm", "spikes", "zero", "clipped", "no_signal"),
+    "Training": ("reward", "accuracy", "best", "collapsed", "entropy", "grad_norm", "spikes", "zero", "clipped", "no_signal"),
     "Routing": ("changed", "token_any", "engine", "gap"),
     "Log-ratio after the updates of a step, the same tokens with live and with replayed routing": (
         "std", "std_replayed", "std_difference", "share", "std_seq", "averaging", "independent", "within",
@@ -50,12 +50,9 @@ class Finished:
     """A run that ended: its steps, and what they come to."""
 
     run: Run
+    start: float | None  # held-out accuracy before the first step
     rows: list[Row]
     numbers: dict[str, float]
-
-    @property
-    def has_failed(self) -> bool:
-        return (self.run.folder / "failed.json").exists()
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,11 @@ class Study:
     def load(cls, runs: Sequence[Run]) -> Study:
         arms: dict[str, dict[int, Finished]] = {run.name: {} for run in runs}
         for run in runs:
-            if run.is_done:
-                rows = [row for row in read_jsonl(run.folder / "rl" / "metrics.jsonl") if row["step"] > 0]
-                arms[run.name][run.seed] = Finished(run, rows, summarise(rows))
+            if run.is_done or run.failure.exists():
+                rows = read_jsonl(run.folder / "rl" / "metrics.jsonl")
+                start = next((row.get("eval/accuracy") for row in rows if row["step"] == 0), None)
+                steps = [row for row in rows if row["step"] > 0]
+                arms[run.name][run.seed] = Finished(run, start, steps, summarise(steps))
         seeds = sorted({run.seed for run in runs})
         return cls(arms, [seed for seed in seeds if all(seed in found for found in arms.values())], len(seeds))
 
@@ -110,11 +109,17 @@ def said(interval: Interval, unit: str) -> str:
     return f"{show(interval.mean, unit)} [{show(interval.low, unit)}, {show(interval.high, unit)}]"
 
 
-def comparisons(config: Config, study: Study) -> list[tuple[str, str]]:
-    """(arm, the arm it is compared with): replay against none, and the methods against the first, without replay."""
-    methods, replays = list(config.study.methods), config.study.routing_replay
-    pairs = [(f"{m}-{r}", f"{m}-{replays[0]}") for m in methods for r in replays[1:]]
-    return pairs + [(f"{m}-{replays[0]}", f"{methods[0]}-{replays[0]}") for m in methods[1:]]
+def baseline(config: Config) -> str:
+    """The kind of routing replay that the others are compared with."""
+    replays = config.study.routing_replay
+    return "none" if "none" in replays else replays[0]
+
+
+def comparisons(config: Config) -> list[tuple[str, str]]:
+    """(arm, the arm it is compared with): each replay against the baseline, and at the baseline each method against the first."""
+    methods, base = list(config.study.methods), baseline(config)
+    pairs = [(f"{m}-{r}", f"{m}-{base}") for m in methods for r in config.study.routing_replay if r != base]
+    return pairs + [(f"{m}-{base}", f"{methods[0]}-{base}") for m in methods[1:]]
 
 
 def findings(study: Study, config: Config) -> list[str]:
@@ -126,7 +131,7 @@ def findings(study: Study, config: Config) -> list[str]:
     lines, tried, seen = [], 0, 0
     for key in COMPARED:
         quantity, clear = BY_KEY[key], []
-        for arm, against in comparisons(config, study):
+        for arm, against in comparisons(config):
             difference = study.difference(arm, against, key)
             tried += not math.isnan(difference.mean)
             if difference.is_clear:
@@ -153,10 +158,10 @@ def change(difference: Interval, unit: str) -> str:
 
 
 def mechanism(study: Study, config: Config) -> list[str]:
-    """What routing does to the ratio, over all arms without replay."""
+    """What routing does to the ratio, over the baseline arms of all methods."""
     if not study.seeds:
         return []
-    arms = [f"{method}-{config.study.routing_replay[0]}" for method in config.study.methods]
+    arms = [f"{method}-{baseline(config)}" for method in config.study.methods]
 
     def over(key: str) -> str:
         by_seed = [sum(values) / len(values) for values in zip(*(study.of(arm, key) for arm in arms))]
@@ -182,7 +187,8 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    failed = [f.run.title for found in study.arms.values() for f in found.values() if f.has_failed]
+    starts = {seed: f.start for found in study.arms.values() for seed, f in found.items() if f.start is not None}
+    failed = [f.run.title for found in study.arms.values() for f in found.values() if f.run.failure.exists()]
     return [
         ("Seeds", f"{len(study.seeds)} of {study.planned} complete ({', '.join(map(str, study.seeds)) or 'none'})"),
         ("Arms", f"{' / '.join(config.study.methods)} x routing replay {' / '.join(config.study.routing_replay)}"),
@@ -192,6 +198,7 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
             f"{rl.steps * samples:,} samples, {rl.steps * rl.optimizer_steps_per_rollout:,} optimizer steps of "
             f"{samples // rl.optimizer_steps_per_rollout} samples, learning rate {rl.optimizer.lr:g}",
         ),
+        ("Held-out accuracy of the starts", ", ".join(show(starts[seed], "%") for seed in sorted(starts)) or "not measured"),
         ("Precision", f"learner {config.model.dtype}, rollout {config.rollout_dtype}"),
         ("Ended in an error", ", ".join(failed) or "none"),
         ("Machine", ", ".join(machine.values())),
@@ -230,7 +237,7 @@ def tables(study: Study, config: Config) -> list[Table]:
         out.append(Table(title, ["arm", *(q.label for q in chosen)], rows, [f"{q.label}: {q.meaning}." for q in chosen]))
     chosen = [BY_KEY[key] for key in COMPARED]
     rows = []
-    for arm, against in comparisons(config, study):
+    for arm, against in comparisons(config):
         found = [(study.difference(arm, against, q.key), q.unit) for q in chosen]
         cells = [change(difference, unit) + (" *" if difference.is_clear else "") for difference, unit in found]
         rows.append([f"{arm} - {against}", *cells])
@@ -249,7 +256,8 @@ def markdown(study: Study, config: Config, command: str) -> str:
     lines = ["# Routing drift: methods with and without routing replay", ""]
     lines += [f"- {term}: {f'`{fact}`' if term == 'Command' else fact}" for term, fact in provenance(study, config, command)]
     lines += ["", *(f"{note}\n" for note in notes(study))]
-    lines += ["## What routing does to the ratio, without replay", "", *(f"- {x}" for x in mechanism(study, config)), ""]
+    title = f"## What routing does to the ratio (arms with routing replay {baseline(config)})"
+    lines += [title, "", *(f"- {x}" for x in mechanism(study, config)), ""]
     lines += ["## Which differences are more than noise", "", *(f"- {x}" for x in findings(study, config)), ""]
     for table in tables(study, config) if study.seeds else []:
         grid = [f"| {' | '.join(row)} |" for row in (table.head, ["---"] * len(table.head), *table.rows)]

@@ -142,6 +142,10 @@ def _independent(rows: list[Row]) -> float:
 QUANTITIES = (
     Quantity("reward", "Reward at the end", "score of the samples, last fifth of the steps", "%", _at_end("reward/score")),
     Quantity(
+        "accuracy", "Held-out accuracy", "greedy, after the last step", "%",
+        lambda rows: (column(rows, "eval/accuracy") or [math.nan])[-1],
+    ),
+    Quantity(
         "best", "Best reward", "largest moving average of the score", "%",
         lambda rows: max(moving_average(column(rows, "reward/score")), default=math.nan),
     ),
@@ -183,7 +187,6 @@ QUANTITIES = (
 )  # fmt: skip
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, float]:
-    """Every quantity of one run, from its steps after step 0; NaN where the run did not measure it."""
-    steps = [row for row in rows if row.get("step", 0) > 0]
-    return {q.key: q.of(steps) if steps else math.nan for q in QUANTITIES}
+def summarise(steps: Sequence[Row]) -> dict[str, float]:
+    """Every quantity of one run, from its steps; NaN where it did not measure it."""
+    return {q.key: q.of(list(steps)) if steps else math.nan for q in QUANTITIES}

@@ -143,7 +143,7 @@ def test_the_results_say_what_is_noise_and_how_many_seeds_there_are(finished):
     assert any(line.startswith("Reward") and "every difference is within noise" in line for line in lines)
     text = markdown(study, config, "megarl study drift x.yaml")
     assert "2 of 3 complete (1, 2)" in text
-    assert "| grpo-none | 30.0% [30.0%, 30.0%] |" in text
+    assert "| grpo-none | 30.0% [30.0%, 30.0%] | - | 30.0%" in text
     assert "`megarl study drift x.yaml`" in text
 
 
