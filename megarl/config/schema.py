@@ -351,7 +351,7 @@ class RL(Section):
     routing_replay: Literal["none", "old", "rollout"] = "none"
     """Which experts the passes of an update take: their routers' own choice, those of the old pass (R2), or those that
     the engine sampled with (R3). Reference, critic and reward models always choose for themselves."""
-    max_routing_mismatch: Fraction = 0.3
+    max_routing_mismatch: Fraction = 0.15
     """Largest share of experts in a layer that engine and learner may choose differently with the same weights; more
     means that the record is misaligned, and ends the run."""
     freeze_router: bool = False

@@ -48,15 +48,16 @@ def verify_routing(cfg: Config) -> None:
     policy = Policy.from_hf(
         path, cfg, mesh, optimizer=Optimizer(), temperature=cfg.rollout.temperature, routing=True
     )
-    engine = VLLMEngine(path, cfg.rollout, cfg.model.dtype, cfg.seed, mesh, load=False)
-    plan = SyncPlan.build(policy.spec, cfg.model.dtype)
+    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    plan = SyncPlan.build(policy.spec, cfg.rollout_dtype)
     sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy.updates)
     batch = assemble(sample(cfg, policy.spec, mesh, engine), PRESETS["gspo"])
     check = RoutingCheck(cfg, policy, micro_batches(batch, budget(batch, policy.layout), policy.layout))
     lines, problems = check.run()
     stream = launcher.terminal()
     if mesh.is_main and stream is not None:
-        title = f"{len(batch)} sampled sequences, {len(batch.tokens)} tokens; {cfg.model.dtype}"
+        precision = f"learner {cfg.model.dtype}, engine {cfg.rollout_dtype}"
+        title = f"{len(batch)} sampled sequences, {len(batch.tokens)} tokens; {precision}"
         print("\n".join([title, *lines]), file=stream, flush=True)
     if problems:
         raise RunFailed(f"verify routing: {'; '.join(problems)}")
@@ -114,7 +115,7 @@ class RoutingCheck:
     def __init__(self, cfg: Config, policy: Policy, packed: list[MicroBatch]) -> None:
         self.cfg, self.policy, self.mesh, self.packed = cfg, policy, policy.mesh, packed
         self.top_k = policy.spec.top_k
-        self.is_exact = policy.dtype is torch.float32
+        self.is_exact = (cfg.model.dtype, cfg.rollout_dtype) == ("float32", "float32")
         self.most_changed = (cfg.rl or RL(data=[])).max_routing_mismatch
 
     def run(self) -> tuple[list[str], list[str]]:
@@ -156,15 +157,16 @@ class RoutingCheck:
             lines.append(f"{number:5} {share:8.2%} {layer.pairs / max(layer.rows, 1):8.2%}  {found}")
             if self.is_exact and layer.unexplained:
                 problems.append(
-                    f"layer {number}: {layer.unexplained} of {layer.rows} tokens took other experts in the engine than the "
-                    f"learner's router chooses, and not by a near-tie (largest margin {layer.margins[-1]:.1e}, a tie is "
-                    f"below {TIE:.0e}): rows or layers are misaligned, or the weights differ"
+                    f"layer {number}: {layer.unexplained} of {layer.rows} tokens took other experts in the engine, and not by a "
+                    f"near-tie (margins up to {layer.margins[-1]:.1e})"
                 )
             elif share > self.most_changed:
                 problems.append(
                     f"layer {number}: {share:.0%} of the engine's experts are not the learner's (rl.max_routing_mismatch = "
-                    f"{self.most_changed:.0%}): rows or layers are misaligned, or the weights differ"
+                    f"{self.most_changed:.0%})"
                 )
+        if problems:
+            problems[-1] += ": rows or layers are misaligned, or the weights differ"
         near = sum(margin < TIE for layer in layers.values() for margin in layer.margins)
         lines.append(f"tokens with any difference: {tokens:.2%}; {near} disagreements are near-ties (below {TIE:.0e})")
         return lines, problems
@@ -251,7 +253,7 @@ class RoutingCheck:
             f"log-prob gap to the engine: mean {with_live:.1e} with live routing, {with_given:.1e} with the engine's experts: "
             f"routing makes {with_live - with_given:.1e} of it, the rest {with_given:.1e}"
         ]
-        if self.policy.dtype is not torch.bfloat16:
+        if self.cfg.model.dtype != "bfloat16":
             return lines
         parameters = sum(p.numel() for chunk in self.policy.modules for p in chunk.parameters())
         if self.mesh.any(parameters > CHEAP):

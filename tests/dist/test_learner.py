@@ -118,7 +118,7 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(checkpo
         gaps, kept = zip(*(modes[mode] for mode in ("none", "selective", "full")), strict=True)
         # an MoE layer as one node of the graph adds up the gradients of router and experts before the rest: rounding
         assert gaps[0] == gaps[2] == 0.0 and gaps[1] < 5e-6
-        assert kept[0] > 1.2 * kept[1] and kept[1] > 1.5 * kept[2], kept
+        assert kept[0] > 1.1 * kept[1] and kept[1] > 1.4 * kept[2], kept  # the weights are in all three
 
 
 AUX = 0.3

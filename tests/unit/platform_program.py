@@ -7,6 +7,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,30 @@ def use_megatron() -> None:
         policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {}))
         checkpointer.load_latest()
         assert all(torch.equal(a, b) for a, b in zip(saved, policy.modules[0].parameters()))
+    _train_with_megatrons_dispatcher(spec, mesh, batch)
     _check_memory_is_kept()
+
+
+def _train_with_megatrons_dispatcher(spec: Any, mesh: Any, batch: Any) -> None:
+    """In bfloat16, where the router's product is Megatron's own: what several expert-parallel ranks run."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megarl.config.schema import Config, Model, Optimizer
+    from megarl.data.packing import pack
+    from megarl.learner.policy import Policy
+
+    cfg = Config(model=Model(path="unused", dtype="bfloat16"))
+    policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3))
+    for layer in policy.modules[0].decoder.layers:
+        layer.mlp.token_dispatcher = MoEAlltoAllTokenDispatcher(
+            spec.num_experts, list(range(spec.num_experts)), policy.config, get_default_pg_collection()
+        )
+    with torch.no_grad():
+        for p in policy.modules[0].parameters():
+            p.normal_(std=0.05)
+    policy.optimizer.reload_model_params()
+    assert policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {})).applied
 
 
 def _check_memory_is_kept() -> None:

@@ -233,7 +233,7 @@ def test_a_verifier_that_always_hangs_stops_the_call_early(verifier):
     reward = Reward(type=f"{verifier}:score", timeout_seconds=0.1, max_failed_fraction=0.05, workers=2)
     with (
         RewardRunner(reward) as runner,
-        pytest.raises(RunFailed, match="9 of 100 .*most frequent: timed out after 0.1"),
+        pytest.raises(RunFailed, match="(9|10) of 100 .*most frequent: timed out after 0.1"),
     ):
         runner.score([(prompt(), "hang")] * 100)
 

@@ -11,7 +11,7 @@ from megarl import platform
 
 platform.setup()
 
-from megarl.config.schema import Config, Model  # noqa: E402
+from megarl.config.schema import Config, Model, Rollout  # noqa: E402
 from megarl.data import BatchLayout, pack  # noqa: E402
 from megarl.types import Batch  # noqa: E402
 from megarl.verify.routing import RoutingCheck, budget  # noqa: E402
@@ -19,7 +19,7 @@ from megarl.verify.routing import RoutingCheck, budget  # noqa: E402
 ROWS = 10  # and one that is never routed
 
 
-def compare(margin: float = 1.0, live: int = 0, given: int = 0, dtype: torch.dtype = torch.float32, most: float = 0.3):
+def compare(margin: float = 1.0, live: int = 0, given: int = 0, dtype: str = "float32", most: float = 0.3):
     """Lines and problems when row 3 of layer 5 has `live` other experts than recorded, and `given` with this margin."""
     recorded = torch.tensor([0, 1]).repeat(2, ROWS + 1, 1)
     recorded[:, -1] = -1
@@ -32,9 +32,9 @@ def compare(margin: float = 1.0, live: int = 0, given: int = 0, dtype: torch.dty
     mesh = SimpleNamespace(pp=1, tp=1, tp_rank=0, all_gather_object=lambda x: [x])
     layers = [SimpleNamespace(number=number) for number in (2, 5)]
     spec = SimpleNamespace(top_k=2, moe_layers=(2, 5))
-    policy = SimpleNamespace(spec=spec, mesh=mesh, dtype=dtype, routing=SimpleNamespace(layers=layers))
+    policy = SimpleNamespace(spec=spec, mesh=mesh, routing=SimpleNamespace(layers=layers))
     whole = Batch(torch.arange(ROWS + 1), torch.tensor([ROWS + 1]), torch.ones(ROWS + 1))
-    check = RoutingCheck(Config(model=Model(path="none")), policy, [pack(whole, [0])])
+    check = RoutingCheck(Config(model=Model(path="none"), rollout=Rollout(dtype=dtype)), policy, [pack(whole, [0])])
     check.most_changed = most
     return check.compare([recorded], [routing(live)], [routing(given)])
 
@@ -64,8 +64,8 @@ def test_what_follows_from_another_layer_is_none(live, given):
 
 
 def test_half_precision_is_measured_against_the_largest_share():
-    assert compare(2e-3, 2, 2, torch.bfloat16)[1] == []
-    (problem,) = compare(2e-3, 2, 2, torch.bfloat16, most=0.05)[1]
+    assert compare(2e-3, 2, 2, "bfloat16")[1] == []
+    (problem,) = compare(2e-3, 2, 2, "bfloat16", most=0.05)[1]
     assert problem.startswith("layer 5: 10% of the engine's experts are not the learner's (rl.max_routing_mismatch = 5%)")
 
 
