@@ -188,6 +188,7 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
         except metadata.PackageNotFoundError:
             continue
     starts = {seed: f.start for found in study.arms.values() for seed, f in found.items() if f.start is not None}
+    before = [show(starts[seed], "%") for seed in study.seeds if seed in starts]
     failed = [f.run.title for found in study.arms.values() for f in found.values() if f.run.failure.exists()]
     return [
         ("Seeds", f"{len(study.seeds)} of {study.planned} complete ({', '.join(map(str, study.seeds)) or 'none'})"),
@@ -198,7 +199,7 @@ def provenance(study: Study, config: Config, command: str) -> list[tuple[str, st
             f"{rl.steps * samples:,} samples, {rl.steps * rl.optimizer_steps_per_rollout:,} optimizer steps of "
             f"{samples // rl.optimizer_steps_per_rollout} samples, learning rate {rl.optimizer.lr:g}",
         ),
-        ("Held-out accuracy of the starts", ", ".join(show(starts[seed], "%") for seed in sorted(starts)) or "not measured"),
+        ("Held-out accuracy of the starts", ", ".join(before) or "not measured"),
         ("Precision", f"learner {config.model.dtype}, rollout {config.rollout_dtype}"),
         ("Ended in an error", ", ".join(failed) or "none"),
         ("Machine", ", ".join(machine.values())),
