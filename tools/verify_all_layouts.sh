@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every layout that eight processes allow, in float64 and in float32, on a small model of the config's kind; the tables
-# go to tools/bench/results/layouts.md. About 25 minutes on two cores.
+# go to tools/bench/results/layouts.md. 37 minutes on two cores with other work on them.
 #   tools/verify_all_layouts.sh [CONFIG]      default: configs/cpu/quickstart.yaml
 # MEGARL="/path/to/python -m megarl" takes an installation that is already there instead of making one.
 set -euo pipefail
@@ -33,7 +33,8 @@ done
 versions=$($MEGARL doctor | awk '$1 == "torch" || $1 == "megatron-core" { printf "%s%s %s", sep, $1, $2; sep = ", " }')
 {
     printf '# Layouts against one process\n\n    tools/verify_all_layouts.sh\n\n'
-    printf '%s, two cores of an AMD EPYC, shared with other work; %s.\n\n' "$(date +%F)" "$versions"
+    cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
+    printf '%s, %s cores (%s); %s.\n\n' "$(date +%F)" "$(nproc)" "$cpu" "$versions"
     cat <<'EOF'
 A line is one optimizer step with one loss in one layout. `loss`: difference / max(1, |loss|). `norm`: of the gradient,
 relative, the worse of both steps and of all ranks. `gradient`, `sgd`, `adam`: the worst tensor, |difference| / |tensor|, of

@@ -63,9 +63,9 @@ def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> Opt
 
 @torch.no_grad()
 def gradient_norm(optimizer: Any) -> float:
-    """Euclidean norm of the whole model's gradient, every parameter counted once, summed in float64. Collective.
+    """Euclidean norm of the whole model's gradient, every parameter counted once. Collective; after `prepare_grads`.
 
-    After `prepare_grads`. Megatron's own is summed in float32.
+    Each parameter's norm is in its gradient's precision, their sum in float64; Megatron's is in float32 throughout.
     """
     total = 0.0
     for part in _parts(optimizer):

@@ -53,7 +53,8 @@ def sample_seed(run_seed: int, prompt_id: str, sample_index: int, round_id: int)
 class Engine(Protocol):
     """One rollout engine, seen from one of its ranks. All ranks of an engine make the same calls in the same order.
 
-    The prompts of a call are its replica's, and may be none."""
+    The prompts of a call are its replica's, and may be none.
+    """
 
     policy_version: int  # optimizer steps in the weights it holds
     layout: EngineLayout

@@ -88,7 +88,7 @@ class VLLMEngine:
             )
         if cfg.routed_experts and not vllm_patches.records_routing():
             raise BadInput(
-                f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.16 to 0.30, "
+                f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
                 "or set it to false and rl.routing_replay to none or old"
             )
         try:
