@@ -77,7 +77,7 @@ def transformer_config(
         kv_channels=spec.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -130,7 +130,7 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=PackedAttention, params={"norm": RMSNorm if spec.qk_norm else None}),
+            self_attention=ModuleSpec(module=PackedAttention, params={"norm": RMSNorm if spec.qk_norm == "head" else None}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,

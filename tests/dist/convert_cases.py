@@ -47,7 +47,7 @@ def logits(chunks, spec, mesh) -> Tensor:
     from megarl.models.packing_params import PackedRow
 
     positions = torch.arange(TOKENS)
-    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.head_dim, spec.rope_theta)
+    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.rope)
     chunks[0].eval()
     hidden = chunks[0](tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
     local = hidden[0] @ output_weight(chunks[0]).t()

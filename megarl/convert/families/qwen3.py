@@ -56,5 +56,6 @@ QWEN3 = Family(
     keys=KEYS,
     fixed=FIXED,
     model=MODEL,
+    same={"qk_norm": "head"},
     layer=lambda spec, index: ATTENTION + DENSE_MLP,
 )

@@ -51,6 +51,7 @@ QWEN3_MOE = Family(
     keys=MOE_KEYS,
     fixed=FIXED,
     model=MODEL,
+    same={"qk_norm": "head"},
     layer=lambda spec, index: ATTENTION + (MOE_MLP if index in spec.moe_layers else DENSE_MLP),
     read_extra=read_moe_layers,
     write_extra=write_moe_layers,

@@ -80,39 +80,50 @@ class PackedAttention(MegatronModule):
         query, key, value = qkv.split([self.queries, 1, 1], dim=2)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = _rotate(query, packed_seq_params.rotary), _rotate(key, packed_seq_params.rotary)
+        query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
         query = query.reshape(-1, self.groups * self.queries, self.head_dim)
         out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
 
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on `[n, groups, heads, head_dim]`, in the precision of the tables."""
-    return _Rotary.apply(x, *rotary)
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """Rotary positions on the first `width` elements of heads `[n, .., .., head_dim]`, in the precision of the tables.
+
+    `rotary`: cos and sin `[n, width]` with two equal halves. `interleaved`: pairs are neighbours instead of halves.
+    """
+    return _Rotary.apply(x, *rotary, interleaved)
 
 
 class _Rotary(torch.autograd.Function):
-    """The rotation, and as its gradient the rotation back; `cos` and `sin` `[n, head_dim]` have two equal halves."""
+    """The rotation, and as its gradient the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None, None, :half], sin[:, None, None, :half]
-    first, second = x.to(cos.dtype).split(half, dim=-1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    width = cos.shape[-1]
+    cos, sin = cos[:, None, None, : width // 2], sin[:, None, None, : width // 2]
     out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    first, second = _pairs(x[..., :width].to(cos.dtype), interleaved)
+    out_first, out_second = _pairs(out[..., :width], interleaved)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    if width < x.shape[-1]:
+        out[..., width:] = x[..., width:]
     return out.to(x.dtype)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
