@@ -50,7 +50,9 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        return grad_x, product(grads.t(), rows.t())
+        # oneDNN's left operand is copied in order: the narrower one
+        narrow = grads.shape[1] <= rows.shape[1]
+        return grad_x, product(grads.t(), rows.t()) if narrow else product(rows.t(), grads.t()).t()
 
 
 class GatedExperts(torch.autograd.Function):

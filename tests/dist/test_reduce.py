@@ -9,5 +9,5 @@ from tests.dist.harness import run_ranks
 
 @pytest.mark.parametrize(("unreadable", "short"), [(-1, True), (1, False)])
 def test_sums_by_memory(unreadable, short):
-    found = run_ranks("tests.dist.reduce_cases:sums", 3, 1_000_001, unreadable)
+    found = run_ranks("tests.dist.reduce_cases:sums", 3, 1_000_001, unreadable, timeout=60)
     assert found == 3 * [{"equal": True, "short way": short}]

@@ -98,12 +98,12 @@ def test_expert_gradients_are_added_to_megatrons_buffer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 700])
-def test_linear_and_its_gradients(rows, dtype):
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (700, 64), (700, 128)])
+def test_linear_and_its_gradients(rows, width, dtype):
     torch.manual_seed(0)
     x = torch.randn(rows, 1, 96, dtype=dtype, requires_grad=True)
-    weight = torch.randn(64, 96, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(rows, 1, 64, dtype=dtype)
+    weight = torch.randn(width, 96, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(rows, 1, width, dtype=dtype)
     expected = torch.autograd.grad(x.double() @ weight.double().t(), (x, weight), upstream.double())
     for way in (platform.linear, cpu_products.Linear.apply):
         out = way(x, weight)
