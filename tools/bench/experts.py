@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from megarl import platform
 from megarl.config.schema import Model, Parallel
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import ModelSpec, Rope
 from megarl.parallel import Mesh
 
-SPEC = ModelSpec("qwen3_moe", 1, 256, 4, 4, 64, 512, 128, 64, 1e4, 1e-6, False, True, 8, 2, 256, True, (0,))
+SPEC = ModelSpec("qwen3_moe", 1, 256, 4, 4, 64, 512, 128, 64, Rope(1e4, 64), 1e-6, False, qk_norm="head", moe_layers=(0,))
 # hidden size, then (experts, top-k, width of an expert) of the few and of the many
 PAIRS = [
     (256, (8, 2, 256), (128, 2, 256)),
