@@ -90,7 +90,8 @@ def in_turn(module: str, steps: list[tuple[str, dict[str, Any]]]) -> list[Any]:
         out.append(getattr(importlib.import_module(module), function)(**arguments))
         from megatron.core import parallel_state
 
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         parallel_state.destroy_model_parallel()
     return out
 

@@ -198,6 +198,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     import vllm
 
     from megarl.convert import read_spec
+    from megarl.platform import vllm_patches
     from megarl.rollout import vllm_engine
     from megarl.rollout.engine import Sampling
     from megarl.rollout.weight_sync import SyncPlan, sync_weights
@@ -253,6 +254,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         "lines": lines,
         "problems": problems,
         "bad": bad,
+        "shape": vllm_patches.recorded_routing(sampler._runner),
         "refused": _refused(sampler, path),
     }
 
@@ -267,20 +269,21 @@ def _off_by_one(row: RowRouting, layer: int) -> RowRouting:
 
 
 def _refused(sampler: Any, path: str) -> list[str]:
-    """What is said of a vLLM that records nothing, and of records with a layer or an expert too many."""
+    """What is said at the start of a vLLM that cannot record, does not, or records a layer or an expert too many."""
     from megarl.platform import vllm_patches
 
     said = []
-    vllm_patches.records_routing = lambda: False
-    for attempt in (
-        lambda: sampler._start(path, "float32", False),
-        lambda: sampler._moe_rows([np.zeros((2, 5, 3), np.uint8)]),
-        lambda: sampler._moe_rows([np.zeros((2, 4, 4), np.uint8)]),
+    for name, answer, start_again in (
+        ("records_routing", False, lambda: sampler._start(path, "float32", False)),
+        ("recorded_routing", None, sampler._check_record),
+        ("recorded_routing", (5, 3), sampler._check_record),
+        ("recorded_routing", (4, 4), sampler._check_record),
     ):
+        setattr(vllm_patches, name, lambda *_, answer=answer: answer)
         try:
-            attempt()
-        except (BadInput, RunFailed) as error:
-            said.append(f"{type(error).__name__}: {error}")
+            start_again()
+        except BadInput as error:
+            said.append(str(error))
     return said
 
 
