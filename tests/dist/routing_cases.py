@@ -39,13 +39,15 @@ def replays(layouts: dict[str, tuple[str, dict[str, Any]]], budget: int) -> dict
     out: dict[str, dict[str, list[str]]] = {}
     for name, (path, degrees) in layouts.items():
         mesh = Mesh.build(Parallel(**degrees))
-        out[name] = {}
+        out[name], norms = {}, []
         for recompute in ("none", "selective", "full"):
             parallel = Parallel(**degrees, recompute=recompute)
             policy = _policy(path, parallel, mesh)
             if recompute == "none":
                 out[name]["faults"] = _faults(policy, budget)
-            found = _replay(policy, budget)
+            found, norm = _replay(policy, budget)
+            norms.append(norm)
+            found["the gradients of layers computed once"] = abs(norm / norms[0] - 1) < 1e-5
             out[name][recompute] = [what for what, holds in found.items() if not holds]
         parallel_state.destroy_model_parallel()
     return out
@@ -64,7 +66,8 @@ def _batch() -> Batch:
     )
 
 
-def _replay(policy: Policy, budget: int) -> dict[str, bool]:
+def _replay(policy: Policy, budget: int) -> tuple[dict[str, bool], float]:
+    """What holds, and the gradient norm of a step with experts that no router would choose."""
     batch, mesh = _batch(), policy.mesh
     packed = micro_batches(batch, budget, policy.layout)
     live, routing = policy.read(packed)
@@ -98,10 +101,11 @@ def _replay(policy: Policy, budget: int) -> dict[str, bool]:
         "other experts in training too": _equal(_train(policy, packed), others),
     }
     before = [weight.detach().clone() for weight in _routers(policy)]
-    assert policy.train_step(packed, negative_log_likelihood).applied
+    result = policy.train_step(packed, negative_log_likelihood)
+    assert result.applied
     found["gradients reach the routers"] = all(w.main_grad.abs().max() > 0 for w in _routers(policy))
     found["routers move"] = not any(torch.equal(a, b) for a, b in zip(before, _routers(policy), strict=True))
-    return found
+    return found, result.grad_norm
 
 
 def _routers(policy: Policy) -> list[torch.nn.Parameter]:
