@@ -54,6 +54,11 @@ def test_every_weight_is_the_learners(ranks):
         assert rank["families"] == ranks[0]["families"] > 4 * 8
 
 
+def test_swapped_experts_are_named(ranks):
+    for rank in ranks:
+        assert rank["swapped"] == ["experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)"]
+
+
 def test_every_prompt_is_sampled_by_one_replica(ranks):
     for number, count in enumerate((5, 1)):
         asked = {rank["replica"]: rank["rounds"][number]["asked"] for rank in ranks}

@@ -75,7 +75,12 @@ def many(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "parallel, rollout", [(dict(pp=2), {}), (dict(tp=2), dict(tensor_parallel=2))], ids=["replicas", "tensor-parallel"]
+    "parallel, rollout",
+    [
+        # replicas in short: tests/e2e/test_replaying_run.py compares their record with the learner's routing as well
+        pytest.param(dict(pp=2), {}, marks=pytest.mark.slow, id="replicas"),
+        pytest.param(dict(tp=2), dict(tensor_parallel=2), id="tensor-parallel"),
+    ],
 )
 def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
     """All tokens, prompts in the prefix cache and those prefilled in parts; any disagreement is a near-tie."""
