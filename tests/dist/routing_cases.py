@@ -23,6 +23,7 @@ from megarl.learner.policy import Policy  # noqa: E402
 from megarl.metrics import reduce_metrics  # noqa: E402
 from megarl.models.moe.replay import LIVE, RoutingReplay, RowRouting  # noqa: E402
 from megarl.parallel import Mesh  # noqa: E402
+from megarl.platform import vllm_patches  # noqa: E402
 from megarl.trainers.routing import RoutingWatch, own_rows, replay_recorded, replay_rollout  # noqa: E402
 from megarl.types import Batch, MicroBatch, Prompt, PromptGroup  # noqa: E402
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
@@ -202,7 +203,6 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     import vllm
 
     from megarl.convert import read_spec
-    from megarl.platform import vllm_patches
     from megarl.rollout import vllm_engine
     from megarl.rollout.engine import Sampling
     from megarl.rollout.weight_sync import SyncPlan, sync_weights
@@ -216,6 +216,8 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         plain(response, output)
         cached[0] += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
 
+    asked, recorded = [], vllm_patches.recorded_routing
+    vllm_patches.recorded_routing = lambda runner: asked.append(recorded(runner)) or asked[-1]
     vllm_engine._extend = extend
     vllm.LLM = partial(_few_tokens_a_step, vllm.LLM)
     degrees, spec = Parallel(**parallel), read_spec(path)
@@ -258,7 +260,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         "lines": lines,
         "problems": problems,
         "bad": bad,
-        "shape": vllm_patches.recorded_routing(sampler._runner),
+        "asked at the start": asked,
         "refused": _refused(sampler, path),
     }
 
@@ -274,8 +276,6 @@ def _off_by_one(row: RowRouting, layer: int) -> RowRouting:
 
 def _refused(sampler: Any, path: str) -> list[str]:
     """What is said at the start of a vLLM that cannot record, does not, or records a layer or an expert too many."""
-    from megarl.platform import vllm_patches
-
     said = []
     for name, answer, start_again in (
         ("records_routing", False, lambda: sampler._start(path, "float32", False)),

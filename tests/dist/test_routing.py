@@ -96,7 +96,7 @@ def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
         assert shifted.startswith("layer 0: ") and "and not by a near-tie" in shifted
         assert [line.split(":")[0] for line in rank["bad"]["swapped"]] == ["layer 1", "layer 2"]
         assert rank["bad"]["replay"][0].endswith("from layer 1 on")
-        assert rank["shape"] == [4, 3]
+        assert rank["asked at the start"] == [[4, 3]]
         cannot, nothing, layers, experts = rank["refused"]
         assert cannot.startswith("rollout.routed_experts = true: vLLM ") and "does not record experts" in cannot
         for line, recorded in ((nothing, "nothing"), (layers, "5 layers with 3"), (experts, "4 layers with 4")):
