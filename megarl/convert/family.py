@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megarl.convert.hf_config import HARMLESS, Key, refuse_others, rope_theta
+from megarl.convert.hf_config import HARMLESS, Key, read_rope, refuse_others, write_rope
 from megarl.convert.rules import Rule, plain
 from megarl.errors import BadInput
 from megarl.models.spec import Head, ModelSpec
@@ -26,15 +26,21 @@ class Family:
     fixed: Mapping[str, tuple]  # config.json key -> values the learner computes with
     model: tuple[Rule, ...]  # outside the layers, embedding first
     layer: Callable[[ModelSpec, int], tuple[Rule, ...]]  # the rules of one layer
-    qk_norm: bool = True
+    same: Mapping[str, Any] = field(default_factory=dict)  # fields of `ModelSpec` that are equal in all models
     read_extra: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda config, where: {}
     write_extra: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     extra_keys: tuple[str, ...] = ()
+    rope_theta: float = 10_000.0  # when config.json has none
+    interleaved_rope: bool = False
+    partial_rope: bool = False  # whether partial_rotary_factor counts
+    # how the names of tensors begin that the learner has no use for and an export writes back
+    aside: Callable[[ModelSpec], tuple[str, ...]] = lambda spec: ()
     special: tuple[str, ...] = (
         "model_type",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
+        "partial_rotary_factor",
         "sliding_window",
         "layer_types",
     )
@@ -49,9 +55,10 @@ class Family:
         if windowed:
             raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only 'full_attention' layers are supported")
         fields = {key.field: key.read(config, where) for key in self.keys}
-        fields["rope_theta"] = rope_theta(config, where)
-        spec = ModelSpec(family=self.model_type, qk_norm=self.qk_norm, **fields, **self.read_extra(config, where))
-        spec = replace(spec, head=head)
+        fields |= {"family": self.model_type, "head": head, **self.same, **self.read_extra(config, where)}
+        rotated = fields.get("rope_head_dim") or fields["head_dim"]
+        rope = read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope, self.rope_theta)
+        spec = ModelSpec(**fields, rope=rope)
         if spec.num_heads % spec.num_kv_heads:
             raise BadInput(
                 f"{where}: num_attention_heads={spec.num_heads} must be a multiple of "
@@ -66,10 +73,7 @@ class Family:
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         config |= self.scorer_config() if spec.head == "scalar" else {}
         config |= {key.name: getattr(spec, key.field) for key in self.keys}
-        config |= {
-            "rope_theta": spec.rope_theta,
-            "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},
-        }
+        config |= write_rope(spec.rope, spec.rope_head_dim or spec.head_dim)
         config |= {name: values[0] for name, values in self.fixed.items()}
         return config | self.write_extra(spec)
 

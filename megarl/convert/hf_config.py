@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.errors import BadInput
+from megarl.models.spec import Rope
 
 REQUIRED = object()
 
@@ -54,6 +55,8 @@ HARMLESS = frozenset(
         "output_router_logits",
         "router_aux_loss_coef",
         "max_window_layers",
+        "pretraining_tp",
+        "router_jitter_noise",
     ]
 )
 
@@ -97,24 +100,66 @@ def checked(name: str, value: Any, kind: type, where: str) -> Any:
     )
 
 
-def rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary embedding, in transformers 5 form (`rope_parameters`) or 4 form (`rope_theta`).
+ROPE_KEYS = {  # of rope_parameters (transformers 5) or rope_scaling (4), by the kinds that have them
+    "factor": ("linear", "llama3", "yarn"),
+    "original_max_position_embeddings": ("llama3", "yarn"),
+    "low_freq_factor": ("llama3",),
+    "high_freq_factor": ("llama3",),
+    **dict.fromkeys(("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"), ("yarn",)),
+}
 
-    10000 when absent, as in transformers. Raises BadInput for any scaling of the positions, which is not implemented.
+
+def read_rope(
+    config: Mapping[str, Any],
+    head_dim: int,
+    where: str,
+    interleaved: bool = False,
+    partial: bool = False,
+    theta: float = 10_000.0,
+) -> Rope:
+    """The rotary positions of heads of `head_dim`, in transformers 5 form (`rope_parameters`) or 4 form.
+
+    `theta`: the base when config.json has none. `partial`: whether the family heeds partial_rotary_factor, which the
+    others ignore. Raises BadInput for what is not implemented.
     """
-    parameters = config.get("rope_parameters") or {}
-    for name, rope in (("rope_parameters", parameters), ("rope_scaling", config.get("rope_scaling") or {})):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        extra = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
-        if extra.get("partial_rotary_factor") in (1, 1.0):
-            del extra["partial_rotary_factor"]
-        if kind != "default" or extra:
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise BadInput(f"{where}: {name} has rope_type={kind!r}; only default, linear, llama3 and yarn are supported")
+    both = {"rope_theta": given.pop("rope_theta", None), "rope_theta_v4": config.get("rope_theta")}
+    theta = Key("rope_theta", "rope_theta", float, theta, ("rope_theta_v4",)).read(both, where)
+    both = {
+        "partial_rotary_factor": given.pop("partial_rotary_factor", None),
+        "v4": config.get("partial_rotary_factor"),
+    }
+    part = Key("part", "partial_rotary_factor", float, 1.0, ("v4",)).read(both, where)
+    if part != 1 and not partial:
+        raise BadInput(f"{where}: partial_rotary_factor={part} is not supported for this model_type; it must be 1")
+    for key in given:
+        if kind not in ROPE_KEYS.get(key, ()):
             raise BadInput(
-                f"{where}: {name}={dict(rope)} asks for scaled or partial rotary embeddings, which are not supported; "
-                'set rope_type to "default" and keep to the original context'
+                f"{where}: {name} has {key}={given[key]!r}, which rope_type={kind!r} does not know; remove it"
             )
-    both = {"rope_theta": parameters.get("rope_theta"), "rope_theta_v4": config.get("rope_theta")}
-    return Key("rope_theta", "rope_theta", float, 10_000.0, ("rope_theta_v4",)).read(both, where)
+    context = given.pop("original_max_position_embeddings", None) or config["max_position_embeddings"]
+    fields = {key: checked(key, value, bool if key == "truncate" else float, where) for key, value in given.items()}
+    if kind != "default":
+        if "factor" not in fields:
+            raise BadInput(f"{where}: {name} with rope_type={kind!r} needs factor; add it")
+        fields["original_context"] = checked("original_max_position_embeddings", context, int, where)
+    return Rope(theta, int(head_dim * part), kind, interleaved, **fields)
+
+
+def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
+    """The keys of config.json that `read_rope`, transformers 4 and 5 and vLLM read as `rope`."""
+    fields = {key: "original_context" if key.startswith("original") else key for key in ROPE_KEYS}
+    values = {key: getattr(rope, field) for key, field in fields.items() if rope.kind in ROPE_KEYS[key]}
+    values = {key: value for key, value in values.items() if value or key == "truncate"}
+    part = {"partial_rotary_factor": rope.width / head_dim} if rope.width != head_dim else {}
+    scaling = {} if rope.kind == "default" else {"rope_scaling": {"rope_type": rope.kind, **values}}
+    parameters = {"rope_theta": rope.theta, "rope_type": rope.kind, **part, **values}
+    return {"rope_theta": rope.theta, "rope_parameters": parameters, **part, **scaling}
 
 
 def refuse_others(

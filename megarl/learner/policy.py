@@ -305,8 +305,7 @@ class Policy:
         row = PackedRow.build(
             micro_batch.cu_seqlens.to(device),
             micro_batch.position_ids.to(device),
-            self.spec.head_dim,
-            self.spec.rope_theta,
+            self.spec.rope,
             self.mesh.cp_group,
             torch.promote_types(self.dtype, torch.float32),
         )

@@ -14,7 +14,7 @@ from megarl import convert
 from megarl.config.schema import Generate, Model, Tokenizer
 from megarl.convert.hf_io import PROVENANCE, ShardedWriter, new_folder, read_json, write_json
 from megarl.errors import BadInput
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import ModelSpec, Rope
 
 END, PAD, START_TURN, END_TURN = SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 BYTES = 256
@@ -102,10 +102,10 @@ def spec_of(gen: Generate) -> ModelSpec:
         intermediate_size=gen.intermediate_size,
         vocab_size=gen.tokenizer.vocab_size,
         max_position_embeddings=gen.context,
-        rope_theta=gen.rope_theta,
+        rope=Rope(gen.rope_theta, gen.head_dim),
         norm_eps=1e-6,
         tie_embeddings=gen.tie_embeddings,
-        qk_norm=True,
+        qk_norm="head",
         **moe,
     )
 

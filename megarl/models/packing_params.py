@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megarl.data.packing import zigzag
+from megarl.models.rope import tables
+from megarl.models.spec import Rope
 
 # documents whose lengths differ by less than this share one padded attention call; more calls cost more than the padding
 BUCKET_RATIO = 1.25
@@ -45,7 +47,7 @@ class PackedRow(PackedSeqParams):
     position_ids: Tensor | None = None  # [n] int64, from 0 in every document
     buckets: tuple[AttentionBucket, ...] = ()
     restore: Tensor | None = None  # [n] into the concatenated bucket outputs; None: they are in order
-    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, head_dim], float32 or wider
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, rotated width], float32 or wider
     cp_group: ProcessGroup | None = None  # None: this rank has all keys
     routing: Any = None  # `RowRouting` of the pass, for models with a `RoutingReplay`
 
@@ -54,8 +56,7 @@ class PackedRow(PackedSeqParams):
         cls,
         cu_seqlens: Tensor,
         position_ids: Tensor,
-        head_dim: int,
-        rope_theta: float,
+        rope: Rope,
         cp_group: ProcessGroup | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> PackedRow:
@@ -76,17 +77,9 @@ class PackedRow(PackedSeqParams):
             position_ids=position_ids,
             buckets=buckets,
             restore=restore,
-            rotary=_rotary(position_ids, head_dim, rope_theta, dtype),
+            rotary=tables(rope, position_ids, dtype),
             cp_group=cp_group if cp > 1 else None,
         )
-
-
-def _rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """RoFormer (2104.09864) eq. 34 in the half-split layout of Hugging Face: cos and sin `[n, head_dim]`."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).to(dtype) / head_dim
-    angles = position_ids.to(dtype)[:, None] * (1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,36 @@ def tokens(vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def logits(chunks, spec, mesh) -> Tensor:
-    """[TOKENS, V] of the fixed token row, on a layout without pipeline stages."""
+    """[TOKENS, V] of the fixed token row; on a layout with pipeline stages, on the last one, zeros on the others."""
     from megarl.models.layers.lm_head import output_weight
     from megarl.models.packing_params import PackedRow
 
     positions = torch.arange(TOKENS)
-    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.head_dim, spec.rope_theta)
-    chunks[0].eval()
-    hidden = chunks[0](tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
-    local = hidden[0] @ output_weight(chunks[0]).t()
+    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.rope)
+    (chunk,) = chunks
+    chunk.eval()
+    neighbour = lambda step: dist.get_global_rank(mesh.pp_group, mesh.pp_rank + step)  # noqa: E731
+    if mesh.pp_rank > 0:
+        received = torch.empty(TOKENS // mesh.tp, 1, spec.hidden_size)
+        dist.recv(received, neighbour(-1))
+        chunk.set_input_tensor(received)
+    hidden = chunk(tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
+    if not mesh.is_last_stage:
+        dist.send(hidden.contiguous(), neighbour(1))
+        return torch.zeros(TOKENS, spec.vocab_size)
+    local = hidden[0] @ output_weight(chunk).t()
     parts = [torch.empty_like(local) for _ in range(mesh.tp)]
     dist.all_gather(parts, local, group=mesh.tp_group)
     return torch.cat(parts, dim=-1)[:, : spec.vocab_size]
+
+
+def refusal(path: str, degrees: dict) -> list[str]:
+    """The error of building a checkpoint's model on a layout, as (type, message)."""
+    try:
+        build(path, **degrees)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["", "built"]
 
 
 def round_trip(path: str, out: str, degrees: dict, expected_logits: str | None = None) -> dict:
@@ -63,7 +81,8 @@ def round_trip(path: str, out: str, degrees: dict, expected_logits: str | None =
     chunks, spec, mesh = build(path, **degrees)
     gap = None
     if expected_logits is not None:
-        gap = (logits(chunks, spec, mesh) - load_file(expected_logits)["logits"]).abs().max().item()
+        found = logits(chunks, spec, mesh)
+        gap = (found - load_file(expected_logits)["logits"]).abs().max().item() if mesh.is_last_stage else 0.0
     save_hf(out, chunks, spec, mesh, extra_from=path)
     reference = load_file(Path(path) / "model.safetensors")
     streamed = {name: tensor.clone() for name, tensor in stream_hf(chunks, spec, mesh)}

@@ -219,7 +219,7 @@ def test_transformers_4_and_5_forms_are_one_model():
     from transformers import Qwen3MoeConfig
 
     spec = spec_of(V4)
-    assert (spec.rope_theta, spec.num_experts, spec.top_k, spec.norm_eps) == (1e6, 128, 8, 1e-6)
+    assert (spec.rope.theta, spec.num_experts, spec.top_k, spec.norm_eps) == (1e6, 128, 8, 1e-6)
     assert spec.moe_layers == tuple(range(48)) and spec.norm_topk_prob and not spec.tie_embeddings
     v5 = Qwen3MoeConfig(**{k: v for k, v in V4.items() if k != "transformers_version"}).to_dict()
     assert "num_local_experts" in v5 and "rope_parameters" in v5 and "rope_theta" not in v5
@@ -247,8 +247,9 @@ REFUSED = {
     "attention_dropout": 0.1,
     "use_sliding_window": True,
     "layer_types": ["full_attention", "sliding_attention"],
-    "rope_scaling": {"type": "yarn", "factor": 4.0},
+    "rope_scaling": {"type": "dynamic", "factor": 4.0},
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6},
+    "partial_rotary_factor": 0.5,
     "rope_theta": -1.0,
     "num_experts": 4,
     "num_local_experts": 64,
@@ -388,3 +389,43 @@ def test_damaged_checkpoints_are_bad_input_in_one_line(damage, checkpoint, mesh,
 def test_validation_asks_for_the_tokenizer(checkpoint):
     with pytest.raises(BadInput, match="tokenizer_config.json is missing"):
         validate_folder(checkpoint)
+
+
+ROPES = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16},
+    "yarn-own-context": {"rope_type": "yarn", "factor": 4.0},
+    "yarn-not-truncated": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False},
+    "yarn-deepseek": {
+        "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.7,
+    },
+    "yarn-given": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("form", [4, 5])
+def test_rotary_frequencies_are_those_of_transformers(name, form):
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    from megarl.models.rope import tables
+
+    given = {"rope_theta": 30_000.0, "rope_type": "default", **ROPES[name]}
+    shape = dict(vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    shape |= dict(num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rope_parameters=given)
+    config = Qwen3Config(**shape).to_dict()
+    if form == 4:
+        scaling = {key: value for key, value in given.items() if key != "rope_theta"}
+        config |= {"rope_parameters": None, "rope_theta": 30_000.0, "rope_scaling": scaling}
+    spec = spec_of(config)
+    positions = torch.arange(600)
+    expected = Qwen3RotaryEmbedding(Qwen3Config(**shape))(torch.zeros(1), positions[None])
+    for found, wanted in zip(tables(spec.rope, positions, torch.float32), expected, strict=True):
+        torch.testing.assert_close(found, wanted[0], rtol=0, atol=2e-5)
+    assert spec_of(family("qwen3").write_config(spec)) == spec

@@ -9,8 +9,9 @@ from megarl import platform
 
 platform.setup()
 
-from megarl.models.layers.torch_layers import _rotate  # noqa: E402
-from megarl.models.packing_params import _rotary  # noqa: E402
+from megarl.models.layers.torch_layers import rotate  # noqa: E402
+from megarl.models.rope import tables  # noqa: E402
+from megarl.models.spec import Rope  # noqa: E402
 from megarl.platform import cpu, cpu_products, cuda_experts  # noqa: E402
 
 
@@ -23,17 +24,22 @@ def test_rms_norm_and_its_gradient():
     assert torch.autograd.gradcheck(lambda x, weight: platform.rms_norm(x, weight, 1e-3), (x, weight))
 
 
-def test_rotary_and_its_gradient():
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [8, 4])
+def test_rotary_and_its_gradient(interleaved, width):
     torch.manual_seed(0)
-    rotary = _rotary(torch.arange(6) * 3, 8, 10_000.0, torch.float32)
+    rotary = tables(Rope(10_000.0, width), torch.arange(6) * 3, torch.float32)
     x = torch.randn(6, 2, 3, 8, requires_grad=True)
+    part = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else x[..., :width]
     cos, sin = (part[:, None, None] for part in rotary)
-    first, second = x.chunk(2, -1)
-    expected = x * cos + torch.cat([-second, first], -1) * sin
+    first, second = part.chunk(2, -1)
+    turned = part * cos + torch.cat([-second, first], -1) * sin
+    turned = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else turned
+    expected = torch.cat([turned, x[..., width:]], -1)
     weights = torch.randn_like(expected)
-    (mine,) = torch.autograd.grad((_rotate(x, rotary) * weights).sum(), x)
+    (mine,) = torch.autograd.grad((rotate(x, rotary, interleaved) * weights).sum(), x)
     (plain,) = torch.autograd.grad((expected * weights).sum(), x)
-    assert torch.allclose(_rotate(x, rotary), expected, atol=1e-6, rtol=0)
+    assert torch.allclose(rotate(x, rotary, interleaved), expected, atol=1e-6, rtol=0)
     assert torch.allclose(mine, plain, atol=1e-6, rtol=0)
 
 

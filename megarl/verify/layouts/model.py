@@ -19,7 +19,7 @@ STD, NORM_STD = 0.1, 0.2  # with all norms at 1 a swapped norm would go unseen
 def shrunken(cfg: Config) -> ModelSpec:
     """The architecture of the user's model with few layers and small widths.
 
-    Kept: the family, dense among MoE layers, grouped key/value heads, tied embeddings, norms, rotary base, how many
+    Kept: the family, dense among MoE layers, grouped key/value heads, tied embeddings, norms, rotary positions, how many
     experts a token has (at most 4) and whether their gates are renormalised.
     """
     path = Path(cfg.model.path)
@@ -30,6 +30,7 @@ def shrunken(cfg: Config) -> ModelSpec:
     top_k = min(spec.top_k, 4)
     return replace(
         spec,
+        rope=replace(spec.rope, width=spec.rope.width * 16 // spec.head_dim),
         num_layers=LAYERS,
         hidden_size=64,
         num_heads=8 if spec.num_heads > spec.num_kv_heads else 4,
