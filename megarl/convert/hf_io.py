@@ -142,9 +142,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def fingerprint(folder: Path, pattern: str) -> dict[str, list[int]]:
+def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Size and time of change of the files a conversion reads, by name."""
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
@@ -163,6 +163,5 @@ def copy_side_files(source: str | Path, folder: Path) -> None:
             copy_side_files(entry, folder / entry.name)
             if not any((folder / entry.name).iterdir()):
                 (folder / entry.name).rmdir()
-        elif entry.is_file() and entry.suffix not in WEIGHTS and not entry.name.endswith(".index.json"):
-            if entry.name != PROVENANCE:
-                shutil.copyfile(entry, folder / entry.name)
+        elif entry.is_file() and not entry.name.endswith((*WEIGHTS, ".index.json", PROVENANCE)):
+            shutil.copyfile(entry, folder / entry.name)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from megarl.convert.encodings import QUANTISED, Fp8Blocks
 from megarl.convert.families import family
 from megarl.convert.family import LAYER
-from megarl.convert.hf_io import INDEX, SINGLE, copy_side_files, new_folder, one_line, pad_token_id, read_config, write_json
+from megarl.convert.hf_io import (
+    INDEX,
+    SINGLE,
+    copy_side_files,
+    new_folder,
+    one_line,
+    pad_token_id,
+    read_config,
+    write_json,
+)
 from megarl.convert.load import matched, read_spec
 from megarl.convert.reader import DTYPES, HFReader
 from megarl.convert.stream import Weights, hf_dtypes, stream_weights
@@ -170,7 +179,8 @@ def _coded(spec: ModelSpec) -> set[str]:
     out = set()
     for block in family(spec.family).blocks(spec):
         for rule in block:
-            if rule.exported and rule.megatron.startswith(LAYER) and (".linear_" in rule.megatron or ".experts." in rule.megatron):
+            product = ".linear_" in rule.megatron or ".experts." in rule.megatron
+            if rule.exported and product and rule.megatron.startswith(LAYER):
                 out |= {name for name, size in rule.hf_shapes(spec).items() if len(size) == 2}
     return out
 
@@ -230,13 +240,13 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return config | dict.fromkeys(keys, name)
 
 
-def _attempt(action) -> tuple[Exception | None, Any]:
+def _attempt(action: Callable[[], Any]) -> tuple[Exception | None, Any]:
     try:
         return None, action()
     except (BadInput, RunFailed) as error:
         return error, None
     except OSError as error:
-        return RunFailed(f"export: writing failed ({one_line(error)}); free some space or give another folder"), None
+        return RunFailed(f"writing the checkpoint failed ({one_line(error)}); free some space or give another folder"), None
 
 
 def _agree(problem: Exception | None, mesh, found: Any = None) -> Any:
@@ -245,3 +255,9 @@ def _agree(problem: Exception | None, mesh, found: Any = None) -> Any:
     if problem is not None:
         raise problem
     return found
+
+
+def on_main(action: Callable[[], Any], mesh) -> Any:
+    """What `action` returns on rank 0, which alone runs it, or BadInput or RunFailed: on every rank. Collective."""
+    problem, found = _attempt(action) if mesh.is_main else (None, None)
+    return _agree(problem, mesh, found)
