@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from megarl.errors import RunFailed
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 8 << 20  # bytes of a tensor in another dtype or on a device that are held at once
+SYNC = 64 << 20  # bytes after which the disk starts to work while the next tensors come
 
 Layout = tuple[torch.dtype, tuple[int, ...]]  # of one tensor
 
@@ -47,6 +49,9 @@ class ShardedWriter:
         self._missing = {name: set(group) - self.finished for name, group in self.files.items()}
         self._starts: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
+        self._disk = ThreadPoolExecutor(1)
+        self._syncs: list[Future[None]] = []
+        self._unsynced = 0
         on_bytes(sum(_size(tensors[tensor]) for tensor in self.finished))
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -94,13 +99,24 @@ class ShardedWriter:
             count = os.pwrite(file.fileno(), memory, at)
             self.on_bytes(count)
             memory, at = memory[count:], at + count
+            self._unsynced += count
+        if self._unsynced > SYNC:
+            self._sync(file)
+
+    def _sync(self, file: BinaryIO) -> None:
+        while self._syncs and (len(self._syncs) > 2 or self._syncs[0].done()):
+            self._syncs.pop(0).result()
+        self._syncs.append(self._disk.submit(os.fsync, file.fileno()))
+        self._unsynced = 0
 
     def _done(self, tensor: str) -> None:
         name = self._file_of[tensor]
         self._missing[name].discard(tensor)
         if not self._missing[name]:
             with self._open.pop(name) as file:
-                os.fsync(file.fileno())
+                self._sync(file)
+                while self._syncs:
+                    self._syncs.pop(0).result()
             (self.folder / f"{name}.part").rename(self.folder / name)
 
 
