@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megarl import convert
 from megarl.config.schema import Generate, Model, Tokenizer
-from megarl.convert.hf_io import PROVENANCE, ShardedWriter, new_folder, read_json, write_json
+from megarl.convert.hf_io import PROVENANCE, new_folder, read_json, write_json
+from megarl.convert.writer import ShardedWriter
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec, Rope
 
@@ -75,7 +76,7 @@ def generate_checkpoint(path: str | Path, gen: Generate) -> None:
         write_json(folder / "config.json", config)
         tokens = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
         write_json(folder / "generation_config.json", {"do_sample": True, **tokens})
-        writer = ShardedWriter(folder)
+        writer = ShardedWriter(folder, {name: (torch.float32, size) for name, size in family.hf_shapes(spec).items()})
         for name, tensor in random_weights(spec, gen.seed, gen.init_std):
             writer.add(name, tensor)
         writer.close()

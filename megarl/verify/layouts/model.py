@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from megarl.config.schema import Config
 from megarl.convert import family, read_spec
-from megarl.convert.hf_io import ShardedWriter, write_json
+from megarl.convert.hf_io import write_json
+from megarl.convert.writer import ShardedWriter
 from megarl.models.generate import random_weights, spec_of
 from megarl.models.spec import ModelSpec
 
@@ -49,8 +52,9 @@ def shrunken(cfg: Config) -> ModelSpec:
 def write_checkpoint(folder: Path, spec: ModelSpec, seed: int) -> None:
     """config.json and random weights, norms around 1; the same seed gives the same bytes."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", family(spec.family).write_config(spec))
-    writer = ShardedWriter(folder)
+    table = family(spec.family)
+    write_json(folder / "config.json", table.write_config(spec))
+    writer = ShardedWriter(folder, {name: (torch.float32, size) for name, size in table.hf_shapes(spec).items()})
     for name, tensor in random_weights(spec, seed, STD, NORM_STD):
         writer.add(name, tensor)
     writer.close()
