@@ -135,7 +135,8 @@ class _Bucket:
         members = len(self.pieces[0].regions)
         if mesh.pp == 1 and members == 1:
             for piece in self.pieces:
-                yield piece.name, self._assemble(piece, [[held[piece.megatron][r.local] for r in piece.regions[0]]])
+                parts = [r.of(held[piece.megatron]).reshape(_extent(r, piece.size)) for r in piece.regions[0]]
+                yield piece.name, self._assemble(piece, [parts])
             return
         flat = self._share(held, [sum(self._numels(m)) for m in range(members)], mesh)
         parts = iter(flat.split([n for m in range(members) for n in self._numels(m)]))
@@ -156,7 +157,7 @@ class _Bucket:
             at = 0
             for piece in self.pieces:
                 for region in piece.regions[self.mine]:
-                    part = held[piece.megatron][region.local]
+                    part = region.of(held[piece.megatron])
                     flat[at : at + part.numel()].view(part.shape).copy_(part)
                     at += part.numel()
         if mesh.pp > 1 and len(flat):
