@@ -135,7 +135,7 @@ class _Bucket:
         members = len(self.pieces[0].regions)
         if mesh.pp == 1 and members == 1:
             for piece in self.pieces:
-                parts = [r.of(held[piece.megatron]).reshape(_extent(r, piece.size)) for r in piece.regions[0]]
+                parts = [r.of(held[piece.megatron]).contiguous().view(_extent(r, piece.size)) for r in piece.regions[0]]
                 yield piece.name, self._assemble(piece, [parts])
             return
         flat = self._share(held, [sum(self._numels(m)) for m in range(members)], mesh)

@@ -77,8 +77,7 @@ class PackedRow(PackedSeqParams):
         """
         cp, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        segments, order = _segments(cu_seqlens.tolist(), cp, rank), _key_order(cu_seqlens, cp)
-        layouts = {w: _layout(_windowed(segments, w), order, w, cu_seqlens.device) for w in {*windows} or {0}}
+        layouts = {window: attention_layout(cu_seqlens, window, cp, rank) for window in {*windows} or {0}}
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -90,6 +89,12 @@ class PackedRow(PackedSeqParams):
             rotary=tables(rope, position_ids, dtype),
             cp_group=cp_group if cp > 1 else None,
         )
+
+
+def attention_layout(cu_seqlens: Tensor, window: int = 0, cp: int = 1, rank: int = 0) -> Layout:
+    """Of one context-parallel rank's part of a packed row, `cu_seqlens` [documents + 1] of the whole."""
+    segments = _windowed(_segments(cu_seqlens.tolist(), cp, rank), window)
+    return _layout(segments, _key_order(cu_seqlens, cp), window, cu_seqlens.device)
 
 
 @dataclass(frozen=True)
