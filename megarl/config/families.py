@@ -14,7 +14,9 @@ FAMILIES: dict[str, tuple[str, str] | None] = {
     "mixtral": ("num_local_experts", "intermediate_size"),
     "olmoe": ("num_experts", "intermediate_size"),
     "llama": None,
+    "gpt_oss": ("num_local_experts", "intermediate_size"),
 }
+EXPERT_BIASES = ("gpt_oss",)  # families whose experts have biases, which etp cannot share out
 
 
 def is_moe(config: Mapping[str, Any]) -> bool:

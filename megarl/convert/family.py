@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megarl.convert.hf_config import HARMLESS, Key, read_rope, refuse_others, write_rope
+from megarl.convert.hf_config import (
+    HARMLESS,
+    Key,
+    read_rope,
+    read_windows,
+    refuse_others,
+    refuse_windows,
+    write_rope,
+    write_windows,
+)
 from megarl.convert.rules import Rule, plain
 from megarl.errors import BadInput
 from megarl.models.spec import Head, ModelSpec
@@ -33,6 +42,8 @@ class Family:
     rope_theta: float = 10_000.0  # when config.json has none
     interleaved_rope: bool = False
     partial_rope: bool = False  # whether partial_rotary_factor counts
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # when config.json has none
+    window: int = 0  # of every other layer when config.json has none; 0: sliding_window does not count
     # how the names of tensors begin that the learner has no use for and an export writes back
     aside: Callable[[ModelSpec], tuple[str, ...]] = lambda spec: ()
     special: tuple[str, ...] = (
@@ -51,11 +62,14 @@ class Family:
         mapped |= {*self.special, *self.extra_keys}
         refuse_others(config, mapped, self.fixed, HARMLESS, where)
         head = self._read_head(config, where)
-        windowed = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
-        if windowed:
-            raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only 'full_attention' layers are supported")
+        if not (config.get("rope_parameters") or config.get("rope_scaling")) and self.rope_scaling:
+            config = {**config, "rope_scaling": self.rope_scaling}
         fields = {key.field: key.read(config, where) for key in self.keys}
         fields |= {"family": self.model_type, "head": head, **self.same, **self.read_extra(config, where)}
+        if self.window:
+            fields["windows"] = read_windows(config, fields["num_layers"], self.window, where)
+        else:
+            refuse_windows(config, where)
         rotated = fields.get("rope_head_dim") or fields["head_dim"]
         rope = read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope, self.rope_theta)
         spec = ModelSpec(**fields, rope=rope)
@@ -74,6 +88,7 @@ class Family:
         config |= self.scorer_config() if spec.head == "scalar" else {}
         config |= {key.name: getattr(spec, key.field) for key in self.keys}
         config |= write_rope(spec.rope, spec.rope_head_dim or spec.head_dim)
+        config |= write_windows(spec.windows, spec.num_layers, self.window) if self.window else {}
         config |= {name: values[0] for name, values in self.fixed.items()}
         return config | self.write_extra(spec)
 

@@ -162,6 +162,36 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     return {"rope_theta": rope.theta, "rope_parameters": parameters, **part, **scaling}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # of layer_types
+
+
+def refuse_windows(config: Mapping[str, Any], where: str) -> None:
+    """Raises BadInput for layers that do not see all keys."""
+    windowed = [kind for kind in config.get("layer_types") or [] if kind != FULL]
+    if windowed:
+        raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only {FULL!r} layers are supported")
+
+
+def read_windows(config: Mapping[str, Any], layers: int, default: int, where: str) -> tuple[int, ...]:
+    """`ModelSpec.windows`. Without layer_types every other layer slides, from the first on; `default`: their window.
+
+    Raises BadInput for other kinds of layers and for sliding ones without a window.
+    """
+    kinds = config.get("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
+    if len(kinds) != layers or not {*kinds} <= {FULL, SLIDING}:
+        raise BadInput(f"{where}: layer_types={kinds!r} must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
+    if SLIDING not in kinds:
+        return ()
+    window = checked("sliding_window", config.get("sliding_window", default), int, where)
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)
+
+
+def write_windows(windows: tuple[int, ...], layers: int, default: int) -> dict[str, Any]:
+    """The keys of config.json that `read_windows` reads; `default` where no layer slides, since transformers wants one."""
+    kinds = [SLIDING if window else FULL for window in windows or (0,) * layers]
+    return {"sliding_window": max(windows, default=default), "layer_types": kinds}
+
+
 def refuse_others(
     config: Mapping[str, Any], mapped: set[str], fixed: Mapping[str, tuple], ignored: frozenset[str], where: str
 ) -> None:

@@ -82,7 +82,7 @@ def transformer_config(
         qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=spec.expert_bias,  # of the routers and experts; attention asks the spec
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -152,6 +152,11 @@ def build_model(
     """
     if model.layers == "te":
         raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
+    if spec.expert_bias and mesh.etp > 1:
+        raise BadInput(
+            f"parallel.etp = {mesh.etp}: the experts of {spec.family} have biases, which cannot be shared out; "
+            "set parallel.etp: 1 and use parallel.ep"
+        )
     config = transformer_config(spec, model, mesh, parallel, aux_loss_coef)
     model_parallel_cuda_manual_seed(1)
     chunks = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megarl.convert.families.gpt_oss import GPT_OSS
 from megarl.convert.families.llama import LLAMA
 from megarl.convert.families.mixtral import MIXTRAL
 from megarl.convert.families.olmoe import OLMOE
@@ -12,7 +13,7 @@ from megarl.convert.family import Family
 from megarl.errors import BadInput
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN3_MOE, QWEN3, QWEN2_MOE, QWEN2, MIXTRAL, OLMOE, LLAMA)
+    family.model_type: family for family in (QWEN3_MOE, QWEN3, QWEN2_MOE, QWEN2, MIXTRAL, OLMOE, LLAMA, GPT_OSS)
 }
 
 

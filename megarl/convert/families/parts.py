@@ -58,6 +58,8 @@ def attention(spec: ModelSpec) -> tuple[Rule, ...]:
         rules.append(qkv("self_attention.linear_qkv.bias", f"{q}.bias", f"{k}.bias", f"{v}.bias", ("Q", "K", "K")))
     if spec.output_bias:
         rules.append(plain("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"))
+    if spec.sinks:
+        rules.append(plain("self_attention.sinks", "self_attn.sinks", "N", split=0))
     if spec.qk_norm == "head":
         rules.append(plain("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D"))
         rules.append(plain("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"))
