@@ -79,7 +79,12 @@ class Rule:
     dims: tuple[str, ...]  # shape of each Hugging Face tensor
     split: int | None = None
     exported: bool = True  # False: loaded from `hf`, written by another rule
-    dtype: str | None = None  # in which it is kept and exported in every precision; none: that of the model
+    dtype: str | None = None  # of a buffer, which keeps it in every precision; none: a parameter, in the model's
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it has no gradient."""
+        return self.dtype is not None
 
     @property
     def group(self) -> str:
