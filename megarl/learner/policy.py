@@ -22,6 +22,7 @@ from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.layers.lm_head import output_weight
 from megarl.models.log_probs import linear_log_probs
+from megarl.models.moe.groups import keep_selection_bias
 from megarl.models.moe.replay import RoutingReplay, RowRouting
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
@@ -91,9 +92,11 @@ class Policy:
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
-                parameter.requires_grad = not name.endswith("mlp.router.weight")
+                parameter.requires_grad = ".mlp.router." not in name
         is_half = self.dtype is torch.bfloat16
         self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
+        for module in self._modules:
+            keep_selection_bias(module)
         self.optimizer = self.schedule = None
         self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:

@@ -1,4 +1,4 @@
-"""Group-limited routing: a token's experts come from its best groups of experts."""
+"""What routers choose by besides their scores: groups, of which a token's experts come from the best, and a bias."""
 
 from __future__ import annotations
 
@@ -40,3 +40,13 @@ def limit_groups(chunk: nn.Module, spec: ModelSpec) -> None:
     for layer in chunk.decoder.layers:
         if layer.layer_number - 1 in spec.moe_layers:
             layer.mlp.router.router_replay = GroupLimited(spec)
+
+
+def keep_selection_bias(chunk: nn.Module) -> None:
+    """Makes the bias of every router float32 again after Megatron's `Float16Module`, which takes buffers too.
+
+    A router does it before each pass, but by then the weights would have been read into the narrower one.
+    """
+    for module in chunk.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            module._maintain_float32_expert_bias()

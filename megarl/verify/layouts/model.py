@@ -32,14 +32,14 @@ def shrunken(cfg: Config) -> ModelSpec:
     moe = tuple(layer for layer in range(LAYERS) if layer in spec.moe_layers)
     if spec.is_moe and len(spec.moe_layers) < spec.num_layers and len(moe) in (0, LAYERS):
         moe = tuple(range(1, LAYERS))  # some layers are dense, but beyond those kept
-    top_k, latent = min(spec.top_k, 4), bool(spec.kv_lora_rank)
+    top_k, latent, grouped = min(spec.top_k, 4), bool(spec.kv_lora_rank), spec.num_heads > spec.num_kv_heads
     return replace(
         spec,
         rope=replace(spec.rope, width=spec.rope.width * 16 // spec.head_dim if not spec.kv_lora_rank else 8),
         num_layers=LAYERS,
         hidden_size=64,
-        num_heads=8 if spec.num_heads > spec.num_kv_heads else 4,
-        num_kv_heads=4 if not latent else 8 if spec.num_heads > spec.num_kv_heads else 4,
+        num_heads=8 if grouped else 4,
+        num_kv_heads=max(n for n in (1, 2, 4) if n <= spec.num_kv_heads) if grouped else 4,
         head_dim=16 if not latent else 24,
         q_lora_rank=20 if spec.q_lora_rank else 0,
         kv_lora_rank=12 if latent else 0,
