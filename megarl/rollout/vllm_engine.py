@@ -84,7 +84,7 @@ class VLLMEngine:
 
         vllm_patches.install()
         cfg, head_dim, sizes = self.config, self._spec.head_dim, vllm_patches.head_sizes()
-        if sizes is not None and head_dim not in sizes:
+        if sizes is not None and head_dim not in sizes and not self._spec.kv_lora_rank:
             raise BadInput(
                 f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model"
             )

@@ -8,8 +8,11 @@ CASES = {
     "gpt_oss": Case(
         "GptOssConfig",
         SMALL | YARN,
+        serve={"head_dim": 64},
         layouts=(dict(tp=2), dict(ep=2), dict(pp=2), dict(tp=2, ep=2, pp=2), dict(tp=4)),
         refuses=((dict(tp=2, etp=2), "parallel.etp = 2"),),
     ),
-    "gpt_oss-plain": Case("GptOssConfig", SMALL | {"attention_bias": False, "layer_types": ["full_attention"] * 4}, layouts=()),
+    "gpt_oss-plain": Case(
+        "GptOssConfig", SMALL | {"attention_bias": False, "layer_types": ["full_attention"] * 4}, layouts=()
+    ),
 }
