@@ -13,6 +13,7 @@ from tests.dist.harness import run_in_turn
 from tests.families import all_cases
 
 CASES = all_cases()
+MODULE = "tests.dist.convert_cases"
 
 
 def world(degrees: dict[str, int]) -> int:
@@ -39,29 +40,27 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("nproc", sorted({world(degrees) for _, degrees in PAIRS}))
 def test_logits_and_bits(nproc, checkpoints, tmp_path):
-    cases = {}
+    steps = {}
     for name, degrees in PAIRS:
         if world(degrees) == nproc:
             path, expected = checkpoints[name]
-            case = f"{name} {degrees}"
-            arguments = dict(path=path, out=str(tmp_path / case), degrees=degrees, expected_logits=expected)
-            cases[case] = ("round_trip", arguments)
-    for case, ranks in run_in_turn("tests.dist.convert_cases", nproc, cases).items():
+            where = f"{name} {degrees}"
+            arguments = dict(path=path, out=str(tmp_path / str(len(steps))), degrees=degrees, expected_logits=expected)
+            steps[where] = ("round_trip", arguments)
+    for where, ranks in run_in_turn(MODULE, nproc, steps).items():
         for rank, result in enumerate(ranks):
-            where = f"{case} rank {rank}"
-            assert result["streamed_equal"] and result["exported_equal"], where
-            assert result["padding"] == [0.0] * len(result["padding"]), where
-            assert result["logits_gap"] <= 1e-5, where
+            assert result["streamed_equal"] and result["exported_equal"], f"{where} rank {rank}"
+            assert result["padding"] == [0.0] * len(result["padding"]), f"{where} rank {rank}"
+            assert result["logits_gap"] <= 1e-5, f"{where} rank {rank}"
 
 
-@pytest.mark.skipif(not REFUSALS, reason="every layout of every family can be")
-def test_layouts_that_cannot_be_are_refused(checkpoints):
-    for nproc in sorted({world(degrees) for _, degrees, _ in REFUSALS}):
-        refusals = {f"{name} {degrees}": (name, degrees, part) for name, degrees, part in REFUSALS if world(degrees) == nproc}
-        cases = {
-            case: ("refusal", dict(path=checkpoints[name][0], degrees=degrees))
-            for case, (name, degrees, _) in refusals.items()
-        }
-        for case, ranks in run_in_turn("tests.dist.convert_cases", nproc, cases).items():
-            for kind, message in ranks:
-                assert kind == "BadInput" and refusals[case][2] in message and "\n" not in message, f"{case}: {message}"
+@pytest.mark.parametrize("nproc", sorted({world(degrees) for _, degrees, _ in REFUSALS}))
+def test_layouts_that_cannot_be_are_refused(nproc, checkpoints):
+    parts, steps = {}, {}
+    for name, degrees, part in REFUSALS:
+        if world(degrees) == nproc:
+            where = f"{name} {degrees}"
+            parts[where], steps[where] = part, ("refusal", dict(path=checkpoints[name][0], degrees=degrees))
+    for where, ranks in run_in_turn(MODULE, nproc, steps).items():
+        for kind, message in ranks:
+            assert kind == "BadInput" and parts[where] in message and "\n" not in message, f"{where}: {message}"
