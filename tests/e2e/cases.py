@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +29,29 @@ def learner_log_probs(config: str, checkpoint: str, sequences: list[list[int]]) 
     return [log_probs.tolist() for log_probs in probe_log_probs(policy, sequences)]
 
 
-def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
-    """`megarl train` whose weight sync hands the engine two experts swapped, or an old layer; what it ends with."""
+def refusal(part: str, config: str, overrides: list[str] = [], rollouts: str | None = None) -> str:
+    """What the ranks of a command refuse its input with; `part`: the trainer, `rollouts`: `--from-rollouts`."""
     from megarl import platform
 
     platform.setup()
     from megarl.config import load_config
-    from megarl.errors import RunFailed
-    from megarl.rollout import weight_sync
-    from megarl.trainers import rl
+    from megarl.errors import BadInput
 
-    def swapped(_plan, stream):
-        for name, tensor in stream:
-            if "layers.1.mlp.experts.2." in name:
-                name = name.replace("experts.2.", "experts.5.")
-            elif "layers.1.mlp.experts.5." in name:
-                name = name.replace("experts.5.", "experts.2.")
-            yield name, tensor
-
-    def skipped(_plan, stream):
-        for name, tensor in stream:
-            yield name, tensor * 0.5 if "layers.0.self_attn.o_proj" in name else tensor
-
-    # in the place of the first guard, so that the comparison of log-probs has to notice
-    weight_sync.SyncPlan.follow = skipped if layer_skipped else swapped
+    trainer = importlib.import_module(f"megarl.trainers.{part}")
+    more = {"from_rollouts": Path(rollouts)} if rollouts else {}
     try:
-        rl.run(load_config(config))
-    except RunFailed as error:
+        trainer.run(load_config(config, overrides), **more)
+    except BadInput as error:
         return str(error)
-    return "nothing was noticed"
+    return "nothing was refused"
+
+
+def converted(checkpoint: str, target: str) -> None:
+    """`megarl convert CHECKPOINT TARGET --to hf`."""
+    from megarl.config import Parallel
+    from megarl.learner.convert_checkpoint import convert_checkpoint
+
+    convert_checkpoint(checkpoint, target, "hf", Parallel())
 
 
 def _one_engine(rl: Any) -> None:
@@ -168,7 +164,42 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
+        for name, follow in BROKEN.items():
+            own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-{name}"])
+            rows[name] = _sync_with(rl.RLTrainer(own, mesh, rewards), follow)
     return rows
+
+
+def _swapped(_plan: Any, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    places = {"layers.1.mlp.experts.2.": "layers.1.mlp.experts.5.", "layers.1.mlp.experts.5.": "layers.1.mlp.experts.2."}
+    for name, tensor in stream:
+        place = next((place for place in places if place in name), "")
+        yield name.replace(place, places.get(place, "")), tensor
+
+
+def _skipped(_plan: Any, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor * 0.5 if "layers.0.self_attn.o_proj" in name else tensor
+
+
+# what a weight sync hands the engine: two experts swapped, or a matrix of other values
+BROKEN = {"swapped": _swapped, "skipped": _skipped}
+
+
+def _sync_with(trainer: Any, follow: Any) -> str:
+    """A run's first sync with a broken stream, in the place of the first guard, so that log-probs have to tell."""
+    from megarl.errors import RunFailed
+    from megarl.rollout import weight_sync
+
+    plain, weight_sync.SyncPlan.follow = weight_sync.SyncPlan.follow, follow
+    try:
+        trainer.prepare()
+    except RunFailed as error:
+        return str(error)
+    finally:
+        weight_sync.SyncPlan.follow = plain
+        trainer.loop.close()
+    return "nothing was noticed"
 
 
 def _train_to_nan(trainer: Any) -> dict[str, Any]:
