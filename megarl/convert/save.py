@@ -87,6 +87,7 @@ def export_weights(out_dir: str | Path, weights: Weights, spec: ModelSpec, mesh,
         for name, tensor in stream_weights(weights, spec, mesh, skip):
             if files is not None and problem is None:
                 problem, _ = _attempt(lambda name=name, tensor=tensor: files.add(name, tensor))
+            del tensor  # before the next ones come
         if files is not None and problem is None:
             problem, _ = _attempt(lambda: files.finish(stack))
         _agree(problem, mesh)

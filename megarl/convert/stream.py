@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -55,8 +56,8 @@ Owner = tuple[int, torch.dtype]
 class Weights:
     """What this rank holds of a model: the dtype of each parameter, and the numbers of some of them when asked for.
 
-    `fetch` gets the Megatron names of one block (layer) and gives those this rank holds; every rank calls it for the
-    same blocks in the same order, so it may be collective.
+    `fetch` gets the Megatron names of a part of one block (layer) and gives those this rank holds; every rank calls it
+    for the same parts in the same order, so it may be collective.
     """
 
     dtypes: Mapping[str, torch.dtype]
@@ -97,10 +98,17 @@ def stream_weights(
         rules = [rule for rule in block if rule.exported]
         if all(name in skip for rule in rules for name in rule.hf_shapes(spec)):
             continue
-        held = weights.fetch([rule.megatron for rule in rules])
-        for bucket in _buckets(rules, owners, spec, shard, mesh):
-            yield from bucket.tensors(held, mesh)
-        del held
+        for part in _parts(rules):
+            held = weights.fetch([rule.megatron for rule in part])
+            for bucket in _buckets(part, owners, spec, shard, mesh):
+                yield from bucket.tensors(held, mesh)
+            del held
+
+
+def _parts(rules: list[Rule]) -> Iterator[list[Rule]]:
+    """A block's rules in order: experts, most of a layer, one matrix at a time, what is between them together."""
+    for _, found in groupby(rules, key=lambda rule: rule.megatron if rule.group == "expert" else ""):
+        yield list(found)
 
 
 def _owner(rule: Rule, owners: Mapping[str, Owner]) -> Owner:

@@ -7,6 +7,7 @@ python tools/bench/checkpoints.py convert DIR OUT [LAYOUT]  there and back with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +35,8 @@ COMMON = {
     "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 SHAPES = {
+    "tiny": dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+                 intermediate_size=64, moe_intermediate_size=32, num_experts=8, vocab_size=256),
     "691m": dict(hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
                  intermediate_size=3072, moe_intermediate_size=384, num_experts=64, vocab_size=32000),
     "30b-a3b": dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
@@ -140,43 +142,46 @@ def measure(folder: Path, out: Path) -> None:
 
 
 def convert(folder: Path, out: Path, layout: str) -> None:
+    """There and back; memory above what converting a tiny model of the same kind takes: Python and its libraries."""
     out.mkdir(parents=True, exist_ok=True)
-    print("| command | seconds | MiB written | peak MiB of each rank, above its start |\n|---|---|---|---|")
-    for source, target, to in ((folder, out / "megatron", "megatron"), (out / "megatron", out / "hf", "hf")):
-        arguments = ["convert", str(source), str(target), "--to", to, *(["--parallel", layout] if layout else [])]
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "megarl", *arguments], stdout=subprocess.DEVNULL)
-        watch = Watch(process.pid)
-        if process.wait():
-            raise SystemExit(1)
-        seconds, written = time.perf_counter() - start, sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-        peaks = ", ".join(f"{peak:.0f}" for peak in watch.peaks())
-        print(f"| convert --to {to} {layout} | {seconds:.1f} | {written / MIB:.0f} | {peaks} |")
+    if not (out / "tiny").exists():
+        make("tiny", out / "tiny")
+    spec = read_spec(folder)
+    layer = max(
+        sum(torch.Size(size).numel() for rule in block for size in rule.hf_shapes(spec).values()) * 2 / MIB
+        for block in family(spec.family).blocks(spec)
+    )
+    print(f"largest layer: {layer:.0f} MiB in bfloat16\n")
+    print("| command | seconds | MiB written | peak MiB of each rank, above Python | of the largest layer |")
+    print("|---|---|---|---|---|")
+    for to in ("megatron", "hf"):
+        base = converted(out / "tiny", out, to, layout)[2]
+        seconds, written, peaks = converted(folder, out, to, layout)
+        above = [peak - start for peak, start in zip(peaks, base)]
+        shown = ", ".join(f"{peak:.0f}" for peak in above)
+        print(f"| convert --to {to} {layout} | {seconds:.1f} | {written / MIB:.0f} | {shown} | {max(above) / layer:.2f} |")
 
 
-class Watch:
-    """Anonymous memory of the ranks below a process, ten times a second; a rank's start is when it has loaded torch."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.seen = pid, {}
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        while Path(f"/proc/{self.pid}").exists():
-            for status in Path("/proc").glob("[0-9]*/status"):
-                try:
-                    text = status.read_text()
-                    environment = (status.parent / "environ").read_bytes()
-                    if f"PPid:\t{self.pid}\n" in text and b"\0RANK=" in environment:
-                        self.seen.setdefault(status.parent.name, []).append(int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024)
-                except (OSError, TypeError):
-                    pass
-            time.sleep(0.05)
-
-    def peaks(self) -> list[float]:
-        """Peak of each rank above the plateau it starts from: what importing everything takes."""
-        return [max(found) for _, found in sorted(self.seen.items())]
+def converted(folder: Path, out: Path, to: str, layout: str) -> tuple[float, int, list[float]]:
+    """Seconds, bytes written, and peak MiB of each rank of one conversion."""
+    megatron, hf = (out / f"{folder.name}-{kind}" for kind in ("megatron", "hf"))
+    source, target = (folder, megatron) if to == "megatron" else (megatron, hf)
+    shutil.rmtree(target, ignore_errors=True)
+    arguments = ["convert", str(source), str(target), "--to", to, *(["--parallel", layout] if layout else [])]
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "megarl", *arguments], stdout=subprocess.DEVNULL)
+    peaks: dict[int, float] = {}
+    while process.poll() is None:
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            with contextlib.suppress(OSError, TypeError):
+                if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                    text = Path(f"/proc/{pid}/status").read_text()
+                    peaks[int(pid)] = int(re.search(r"VmHWM:\s+(\d+)", text)[1]) / 1024
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(1)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return time.perf_counter() - start, size, [peaks[pid] for pid in sorted(peaks)]
 
 
 if __name__ == "__main__":
