@@ -40,8 +40,8 @@ class Family:
     write_extra: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     extra_keys: tuple[str, ...] = ()
     rope_theta: float = 10_000.0  # when config.json has none
-    interleaved_rope: bool = False
-    partial_rope: bool = False  # whether partial_rotary_factor counts
+    interleaved_rope: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    partial_rope: float = 1.0  # partial_rotary_factor when config.json has none; 1: it must be 1
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # when config.json has none
     window: int = 0  # of every other layer when config.json has none; 0: sliding_window does not count
     # how the names of tensors begin that the learner has no use for and an export writes back
@@ -71,7 +71,7 @@ class Family:
         else:
             refuse_windows(config, where)
         rotated = fields.get("rope_head_dim") or fields["head_dim"]
-        rope = read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope, self.rope_theta)
+        rope = read_rope(config, rotated, where, self.interleaved_rope(config), self.partial_rope, self.rope_theta)
         spec = ModelSpec(**fields, rope=rope)
         if spec.num_heads % spec.num_kv_heads:
             raise BadInput(
@@ -135,6 +135,11 @@ class Family:
         if spec.tie_embeddings:  # a last pipeline stage holds a copy of the embedding as its output layer
             return replace(rule, hf=("model.embed_tokens.weight",), exported=False)
         return rule
+
+    def own_dtypes(self, spec: ModelSpec) -> dict[str, str]:
+        """The tensors that keep their precision whatever the model's is, and which."""
+        rules = [rule for block in self.blocks(spec) for rule in block if rule.exported and rule.dtype]
+        return {name: rule.dtype for rule in rules for name in rule.hf_shapes(spec)}
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint, in the order of export."""

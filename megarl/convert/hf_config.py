@@ -57,6 +57,10 @@ HARMLESS = frozenset(
         "max_window_layers",
         "pretraining_tp",
         "router_jitter_noise",
+    "auto_map",
+    "aux_loss_alpha",
+    "ep_size",
+    "seq_aux",
     ]
 )
 
@@ -114,13 +118,13 @@ def read_rope(
     head_dim: int,
     where: str,
     interleaved: bool = False,
-    partial: bool = False,
+    partial: float = 1.0,
     theta: float = 10_000.0,
 ) -> Rope:
     """The rotary positions of heads of `head_dim`, in transformers 5 form (`rope_parameters`) or 4 form.
 
-    `theta`: the base when config.json has none. `partial`: whether the family heeds partial_rotary_factor, which the
-    others ignore. Raises BadInput for what is not implemented.
+    `theta`, `partial`: the base and partial_rotary_factor when config.json has none; families with 1 ignore the latter.
+    Raises BadInput for what is not implemented.
     """
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
@@ -134,8 +138,8 @@ def read_rope(
         "partial_rotary_factor": given.pop("partial_rotary_factor", None),
         "v4": config.get("partial_rotary_factor"),
     }
-    part = Key("part", "partial_rotary_factor", float, 1.0, ("v4",)).read(both, where)
-    if part != 1 and not partial:
+    part = Key("part", "partial_rotary_factor", float, partial, ("v4",)).read(both, where)
+    if part != 1 == partial:
         raise BadInput(f"{where}: partial_rotary_factor={part} is not supported for this model_type; it must be 1")
     for key in given:
         if kind not in ROPE_KEYS.get(key, ()):

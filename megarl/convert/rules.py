@@ -6,7 +6,8 @@ directions cannot disagree. Regions only move numbers: no rule computes.
 
 Letters in shapes (`dims`): V vocabulary, H hidden size, Q query heads x head width, K key/value heads x head width,
 D head width, N query heads, F dense MLP width, E experts, M expert width, U both gate and up of an expert (2 M), S width
-of the shared experts, 1 one.
+of the shared experts, 1 one. Of latent attention: A latent of the queries, C of keys and values, B with the rotated key,
+X both of all heads, Y values of all heads.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ class Rule:
     dims: tuple[str, ...]  # shape of each Hugging Face tensor
     split: int | None = None
     exported: bool = True  # False: loaded from `hf`, written by another rule
+    dtype: str | None = None  # of a buffer, which keeps it in every precision; none: a parameter, in the model's
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it has no gradient."""
+        return self.dtype is not None
 
     @property
     def group(self) -> str:
@@ -243,6 +250,11 @@ def shape(spec: ModelSpec, dims: str) -> tuple[int, ...]:
         "M": spec.moe_intermediate_size,
         "U": 2 * spec.moe_intermediate_size,
         "S": spec.shared_width,
+        "A": spec.q_lora_rank,
+        "C": spec.kv_lora_rank,
+        "B": spec.kv_lora_rank + spec.rope_head_dim,
+        "X": spec.num_heads * (spec.nope_head_dim + spec.v_head_dim),
+        "Y": spec.num_heads * spec.v_head_dim,
         "1": 1,
     }
     return tuple(letters[letter] for letter in dims)

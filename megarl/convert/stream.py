@@ -40,7 +40,7 @@ def stream_gradients(chunks: list[nn.Module], spec: ModelSpec, mesh) -> Iterator
     Without the distributed optimizer, which leaves a rank with its part of the sum.
     """
     held = {name: tensor for name, (_, tensor) in matched(chunks, spec, gradients=True).items()}
-    yield from stream_tensors(held, spec, mesh)
+    yield from stream_weights(Weights.of(held, buffers=False), spec, mesh)
 
 
 def stream_tensors(held: dict[str, Tensor], spec: ModelSpec, mesh) -> Iterator[tuple[str, Tensor]]:
@@ -62,11 +62,12 @@ class Weights:
 
     dtypes: Mapping[str, torch.dtype]
     fetch: Callable[[list[str]], Mapping[str, Tensor]]
+    buffers: bool = True  # whether those are among them
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor]) -> Weights:
+    def of(cls, held: Mapping[str, Tensor], buffers: bool = True) -> Weights:
         """Of tensors that are all in memory."""
-        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: held)
+        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: held, buffers)
 
     def owners(self, mesh) -> dict[str, Owner]:
         """Every parameter of the model. Collective."""
@@ -95,7 +96,7 @@ def stream_weights(
     """
     owners, shard = weights.owners(mesh), Shard.of(mesh)
     for block in family(spec.family).blocks(spec):
-        rules = [rule for rule in block if rule.exported]
+        rules = [rule for rule in block if rule.exported and (weights.buffers or not rule.is_buffer)]
         if all(name in skip for rule in rules for name in rule.hf_shapes(spec)):
             continue
         for part in _parts(rules):

@@ -202,11 +202,18 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, window: int = 0, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention inside each document of a packed row: `[n, heads, head_dim]` and two `[n, kv_heads, head_dim]`.
 
     `window`: the last keys a query sees, itself included; 0: all. `sinks [heads]`: see `platform.sink_attention`.
+    `scale`: of the scores; none: 1 / sqrt(head_dim).
 
     One `scaled_dot_product_attention` per bucket of similar lengths: on a CPU that is faster than a mask over the whole
     row, and for documents of very different lengths it becomes a call per document. Under context parallelism keys and
@@ -226,7 +233,9 @@ def attend(
         )
         if sinks is None:
             causal = bucket.mask is None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped, scale=scale
+            )
         else:
             out = platform.sink_attention(q, k, v, bucket.mask, sinks)
         outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))

@@ -49,7 +49,9 @@ class LocalDispatcher(MoETokenDispatcher):
 
 
 class MoE(MoELayer):
-    """`MoELayer` of `GroupedExperts`, `BiasedExperts` where linears have biases; a `LocalDispatcher` when ep and etp are 1.
+    """`MoELayer` of `GroupedExperts`, or `BiasedExperts` where linears have biases.
+
+    With a `LocalDispatcher` when ep and etp are 1.
 
     It stands in a layer's spec as the class itself: of a `ModuleSpec` Megatron knows its own classes only.
     """
