@@ -18,7 +18,7 @@ from megarl import launcher
 from megarl.config.schema import Config, Model
 from megarl.convert import family, read_spec, stream_hf
 from megarl.convert.hf_io import read_json, write_json
-from megarl.convert.load import load_parameter, open_weights
+from megarl.convert.load import layout_problem, load_parameter, open_weights
 from megarl.convert.reader import HFReader
 from megarl.convert.rules import Rule, Shard
 from megarl.errors import BadInput, RunFailed
@@ -70,16 +70,11 @@ def verify_conversion(folder: Path, names: Sequence[str], nproc: int) -> None:
 def _chosen(names: Sequence[str], spec: ModelSpec, nproc: int) -> list[Layout]:
     out = []
     for layout in map(parse, names or DEFAULT):
-        get = layout.degrees.get
-        reason = None
+        reason = layout_problem(spec, layout.parallel())
         if layout.world > nproc:
             reason = f"needs {layout.world} processes; set --nproc {layout.world}"
         elif layout.has_experts and not spec.is_moe:
             reason = "the model has no experts; leave it out"
-        elif spec.is_moe and spec.num_experts % get("ep", 1):
-            reason = f"{spec.num_experts} experts do not divide by ep; give another degree"
-        elif spec.num_layers % (get("pp", 1) * get("vpp", 1)):
-            reason = f"{spec.num_layers} layers do not divide by pp x vpp; give another degree"
         if reason is None:
             out.append(layout)
         elif names:
