@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megarl.rollout.names import family_of, layer_of
+
 EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = {  # Hugging Face projection -> vLLM's merged layer, and which part of it
     "q_proj": ("qkv_proj", 0),
@@ -45,18 +46,6 @@ class WeightGap:
     def __str__(self) -> str:
         where = "" if self.layer is None else f" in layer {self.layer}"
         return f"{self.family}{where}" + (f" (experts {_few(self.experts)})" if self.experts else "")
-
-
-def layer_of(hf_name: str) -> int | None:
-    """The layer a Hugging Face tensor belongs to; none outside the layers."""
-    match = LAYER.match(hf_name)
-    return int(match[1]) if match else None
-
-
-def family_of(hf_name: str) -> str:
-    """What a tensor is, without its layer and expert: "experts.down_proj", "self_attn.q_proj", "embed_tokens"."""
-    name = LAYER.sub("", hf_name).removeprefix("model.").removesuffix(".weight")
-    return re.sub(r"^mlp\.experts\.\d+\.", "experts.", name)
 
 
 @torch.inference_mode()
