@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -118,3 +120,9 @@ def empty_cache() -> None:
 def profiler_activities() -> list:
     """What torch.profiler records here."""
     return _module().profiler_activities()
+
+
+def shared_windows(size: int, rank: int, gather: Callable[[Any], list[Any]]) -> dict[int, torch.Tensor]:
+    """Device memory that ranks of one machine read from each other, see `shared_memory.share`; empty where the
+    collectives' own messages are the faster way. Collective."""
+    return _module().shared_windows(size, rank, gather)

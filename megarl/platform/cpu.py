@@ -87,6 +87,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return RMSNorm.apply(x, weight, eps)
 
 
+def shared_windows(size: int, rank: int, gather: Callable[[Any], list[Any]]) -> dict[int, torch.Tensor]:
+    from megarl.platform.shared_memory import share
+
+    return share(size, rank, gather)
+
+
 def empty_cache() -> None:
     """Host memory is kept, see `_keep_memory`."""
 

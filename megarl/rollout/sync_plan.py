@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megarl.config.schema import Parallel
 from megarl.convert import family
-from megarl.convert.family import EMBEDDING, LAYER
+from megarl.convert.family import EMBEDDING, LAYER, OUTPUT
 from megarl.convert.rules import Index, Region, Rule, Shard
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
@@ -116,6 +116,10 @@ class SyncEntry:
     group: str  # the ranks that hold its parts: "tp", "expert" (ep x etp), or "" for every rank
     bytes: int
 
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -132,7 +136,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.entry.dtype]
+        return math.prod(self.shape) * self.entry.item_bytes
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,16 @@ class SyncPlan:
     def entries(self) -> tuple[SyncEntry, ...]:
         """Every tensor, in order."""
         return tuple(entry for block in self.blocks for _, entries in block for entry in entries.values())
+
+    def held(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The parameters that a rank has a shard of, and its shape."""
+        shard, mine = self.learner.shard(rank), rank // (self.learner.world // self.learner.pp)
+        rules = [rule for block in self.blocks for rule, _ in block if self.learner.stage(rule.megatron) == mine]
+        return {rule.megatron: rule.local_shape(self.spec, shard) for rule in rules}
+
+    def is_copy(self, megatron: str) -> bool:
+        """Whether a parameter repeats one that another rule moves: the last stage's output layer of tied embeddings."""
+        return megatron == OUTPUT and self.spec.tie_embeddings
 
     @functools.cache  # noqa: B019 - one entry for each engine rank asked for
     def hosted(self, rank: int) -> dict[str, Box]:
@@ -206,6 +220,12 @@ class SyncPlan:
                         out.setdefault(receiver, []).extend(pieces)
         return out
 
+    @functools.cache  # noqa: B019 - asked for by each rank for itself
+    def schedule(self, rank: int) -> list[Exchanged]:
+        """What a rank sends and gets, block by block."""
+        blocks = range(len(self.blocks))
+        return [Exchanged(self.incoming(block, rank), self.outgoing(block, rank)) for block in blocks]
+
     def _pieces(
         self, rule: Rule, entries: dict[str, SyncEntry], shard: Shard, hosted: dict[str, Box]
     ) -> Iterator[Piece]:
@@ -235,12 +255,13 @@ class SyncPlan:
         """The largest block; a sync needs at most two of these beside the weights."""
         return max(sum(entry.bytes for _, entries in block for entry in entries.values()) for block in self.blocks)
 
+    @functools.cache  # noqa: B019 - asked for by each rank for itself
     def traffic(self, rank: int) -> Traffic:
         """The bytes that a rank's engine part is made of, and where they come from."""
         local = received = 0
         for block in range(len(self.blocks)):
             for sender, pieces in self.incoming(block, rank).items():
-                size = sum(piece.bytes for piece in pieces)
+                size = message_bytes(pieces)
                 local, received = (local + size, received) if sender == rank else (local, received + size)
         bound = replace(self, whole=False).traffic(rank).received if self.whole else received
         return Traffic(local, received, bound)
@@ -261,6 +282,18 @@ class SyncPlan:
         missing = next(expected, None)
         if missing is not None:
             raise RunFailed(f"weight sync: the learner's stream ended before {_describe(missing)}")
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """One rank's part in one block: pieces by sender (itself included) and by receiver."""
+
+    incoming: dict[int, list[Piece]]
+    outgoing: dict[int, list[Piece]]
+
+
+def message_bytes(pieces: list[Piece]) -> int:
+    return sum(piece.bytes for piece in pieces)
 
 
 @dataclass(frozen=True)

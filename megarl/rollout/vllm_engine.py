@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from megarl.config.schema import Rollout
-from megarl.convert import read_spec
+from megarl.convert import family, read_spec
 from megarl.errors import BadInput, RunFailed
 from megarl.platform import vllm_patches
+from megarl.platform.vllm_direct import Direct, take_on
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
+from megarl.rollout.engine_shards import EngineDegrees
+from megarl.rollout.exchange import Moved
 from megarl.types import Prompt, PromptGroup, Trajectory
 
 if TYPE_CHECKING:
@@ -71,7 +75,8 @@ class VLLMEngine:
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
             self._llm = self._start(model_path, dtype, load)
         vllm_patches.after_start(self._runner)
-        self._direct = vllm_patches.direct_layers(self.model, ranks)
+        self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
+        self._direct, self.reload_reason = self._take_on(mesh)
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)
@@ -115,6 +120,14 @@ class VLLMEngine:
             )
         except ValueError as error:
             raise BadInput(f"vLLM cannot serve {model_path}: {_one_line(error)}") from error
+
+    def _take_on(self, mesh: Mesh) -> tuple[Direct | None, str | None]:
+        """What this rank's weights are written into; or, on every rank, why full tensors have to be reloaded."""
+        hosted = self.degrees.hosted(self._spec, mesh.rank)
+        names = frozenset(family(self._spec.family).hf_shapes(self._spec))
+        direct = take_on(self.model, hosted, names)
+        reasons = [reason for reason in mesh.all_gather_object(direct if isinstance(direct, str) else None) if reason]
+        return (None, reasons[0]) if reasons else (direct, None)
 
     def generate(self, prompts: list[Prompt], sampling: Sampling, round_id: int) -> list[PromptGroup]:
         """Sample every prompt `sampling.samples` times; each sample has a seed of its own.
@@ -256,12 +269,32 @@ class VLLMEngine:
         The stream may reuse its buffers after it is asked for the next tensor: each tensor is copied once, and copies
         live until their layer is complete. Raises RunFailed when vLLM refuses a tensor.
         """
-        try:
+        with self._new_weights(policy_version):
             vllm_patches.load_weights(self._runner, self._direct, tensors)
+
+    def write_weights(self, blocks: Iterable[Moved], policy_version: int) -> None:
+        """`load_weights` of the pieces that this rank hosts, block by block; for engines without a `reload_reason`.
+
+        Raises RunFailed when a piece has no place here or something stays without new weights.
+        """
+        order = {name: number for number, name in enumerate(self._direct.hosted)}
+        with self._new_weights(policy_version), self._direct.loading(everything=True):
+            for block in blocks:
+                for piece, values in sorted(block, key=lambda item: order.get(item[0].entry.hf_name, -1)):
+                    self._direct.write(piece.entry.hf_name, piece.target, values)
+
+    @contextlib.contextmanager
+    def _new_weights(self, policy_version: int) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise RunFailed(f"weight sync: vLLM refused the learner's weights: {_one_line(error)}") from error
         self.reset_prefix_cache()
         self.policy_version = policy_version
+
+    def hosted_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, what this rank hosts of it), as the engine computes with it; without a `reload_reason`."""
+        return ((name, self._direct.read(name)) for name in self._direct.hosted)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier requests. Raises RunFailed if requests are still running."""

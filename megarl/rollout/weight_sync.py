@@ -1,11 +1,12 @@
 """Weight sync: learner -> engine, by a plan that is a value, and the check that every sync gets.
 
-`SyncPlan` says what moves; `sync_weights` moves it and refuses a stream that is not the plan; `check_sync` compares the
+`SyncPlan` says what moves; `sync_weights` moves it and refuses a learner that is not the plan's; `check_sync` compares the
 two engines' log-probs on fixed probe sequences and, when they are apart, names the tensor families that differ.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,97 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megarl.convert import family, stream_hf
+from megarl import platform
+from megarl.config.schema import Parallel
+from megarl.convert import stream_hf
+from megarl.convert.load import matched
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
-from megarl.rollout.engine_weights import WeightGap, compare_weights, family_of, layer_of
+from megarl.rollout.engine_weights import WeightGap, compare_weights
+from megarl.rollout.exchange import Exchange, Moved
+from megarl.rollout.sync_plan import LearnerLayout, SyncPlan, Traffic
 
 if TYPE_CHECKING:
     from megarl.parallel import Mesh
     from megarl.rollout.vllm_engine import VLLMEngine
 
+COPIED = 64 << 20  # bytes, most that the speed of a plain copy is measured with
 THRESHOLDS = {"float32": 1e-5, "bfloat16": 5e-2}  # mean log-prob gap, nats
 
 
 @dataclass(frozen=True)
-class SyncEntry:
-    """One tensor of a sync.
-
-    Example: `SyncEntry("model.layers.0.mlp.experts.3.down_proj.weight", (128, 64), "float32",
-    "decoder.layers.0.mlp.experts.weight2", 0, "experts.down_proj", "expert", 32768)`.
-    """
-
-    hf_name: str
-    shape: tuple[int, ...]  # full, as the engine gets it
-    dtype: str
-    source: str  # the Megatron parameter, with the global layer number
-    layer: int | None  # none: outside the layers
-    family: str
-    group: str  # the ranks that hold its parts: "tp", "expert" (ep x etp), or "" for every rank
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SyncPlan:
-    """Everything one weight sync moves, in order; the same on every rank."""
-
-    entries: tuple[SyncEntry, ...]
-
-    @classmethod
-    def build(cls, spec: ModelSpec, dtype: str) -> SyncPlan:
-        """The plan of a model in `dtype`, read off its family's conversion table."""
-        size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-        entries = [
-            SyncEntry(
-                name, shape, dtype, rule.megatron, layer_of(name), family_of(name), rule.group, math.prod(shape) * size
-            )
-            for block in family(spec.family).blocks(spec)
-            for rule in block
-            if rule.exported
-            for name, shape in rule.hf_shapes(spec).items()
-        ]
-        return cls(tuple(entries))
-
-    @property
-    def bytes(self) -> int:
-        """What every engine rank receives."""
-        return sum(entry.bytes for entry in self.entries)
-
-    @property
-    def largest_layer_bytes(self) -> int:
-        """The largest block held at once; a sync needs at most about two of these beside the weights."""
-        layers: dict[int | None, int] = {}
-        for entry in self.entries:
-            layers[entry.layer] = layers.get(entry.layer, 0) + entry.bytes
-        return max(layers.values())
-
-    def stream(self, chunks: list[nn.Module], spec: ModelSpec, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
-        dtype = getattr(torch, self.entries[0].dtype)
-        return ((name, tensor.to(dtype)) for name, tensor in stream_hf(chunks, spec, mesh))
-
-    def follow(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass the stream on while it is exactly this plan. Raises RunFailed naming the first tensor that is not."""
-        expected = iter(self.entries)
-        for name, tensor in stream:
-            entry = next(expected, None)
-            if entry is None or entry.hf_name != name:
-                raise RunFailed(f"weight sync: the learner sent {name} where the plan has {_describe(entry)}")
-            found = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            if found != (entry.shape, entry.dtype):
-                raise RunFailed(
-                    f"weight sync: {_describe(entry)} came as {found}, the plan has {(entry.shape, entry.dtype)}"
-                )
-            yield name, tensor
-        missing = next(expected, None)
-        if missing is not None:
-            raise RunFailed(f"weight sync: the learner's stream ended before {_describe(missing)}")
-
-
-@dataclass(frozen=True)
 class SyncReport:
+    """What one sync moved on this rank, and how fast."""
+
     seconds: float
-    bytes: int  # received by each engine rank
+    traffic: Traffic
+    copy_speed: float  # bytes a second that a plain copy moves here, all ranks copying at once
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second that this rank's engine part was renewed with."""
+        return self.traffic.written / self.seconds
 
 
 @dataclass(frozen=True)
@@ -118,16 +58,91 @@ class SyncGap:
     median: float = 0.0
 
 
-def sync_weights(
-    plan: SyncPlan, chunks: list[nn.Module], spec: ModelSpec, mesh: Mesh, engine: VLLMEngine, policy_version: int
-) -> SyncReport:
-    """Stream the learner's weights into every engine. Collective over the world.
+def plan_sync(spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> SyncPlan:
+    """The plan from a learner of this layout to this engine; of full tensors when vLLM has to reload."""
+    learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
+    plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole=engine.reload_reason is not None)
+    mesh.barrier()
+    copy_speed(_copied(plan))  # on all ranks at once, as they sync
+    return plan
 
-    Raises RunFailed when the stream is not the plan or the engine refuses it.
+
+def _copied(plan: SyncPlan) -> int:
+    return min(plan.largest_layer_bytes, COPIED)
+
+
+def sync_weights(
+    plan: SyncPlan, chunks: list[nn.Module], mesh: Mesh, engine: VLLMEngine, policy_version: int
+) -> SyncReport:
+    """Bring the learner's weights into every engine. Collective over the world.
+
+    Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something.
     """
     start = time.perf_counter()
-    engine.load_weights(plan.follow(plan.stream(chunks, spec, mesh)), policy_version)
-    return SyncReport(time.perf_counter() - start, plan.bytes)
+    held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, plan.spec).items()}
+    _check_held(plan, held, mesh.rank)
+    exchange = Exchange(plan, mesh, held)
+    if plan.whole:
+        engine.load_weights(plan.follow(_full_tensors(exchange)), policy_version)
+    else:
+        engine.write_weights(exchange.blocks(), policy_version)
+    platform.synchronize()
+    seconds = time.perf_counter() - start
+    return SyncReport(seconds, plan.traffic(mesh.rank), copy_speed(_copied(plan)))
+
+
+def _check_held(plan: SyncPlan, held: dict[str, Tensor], rank: int) -> None:
+    """Raises RunFailed for a parameter that a rank has and the plan does not give it, or the other way round."""
+    planned = plan.held(rank)
+    found = {name: tuple(held[name].shape) for name in held if name in planned or not plan.is_copy(name)}
+    for name in [*planned, *found]:
+        if planned.get(name) != found.get(name):
+            raise RunFailed(
+                f"weight sync: {name} has the shape {found.get(name)} on rank {rank} of the learner, in the plan "
+                f"{planned.get(name)}"
+            )
+
+
+def _full_tensors(exchange: Exchange) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor whole, in order, from a plan of whole tensors."""
+    for moved in exchange.blocks(ahead=False):
+        parts: dict[str, Moved] = {}
+        for piece, values in moved:
+            parts.setdefault(piece.entry.hf_name, []).append((piece, values))
+        del moved
+        for entries in (entries for _, entries in exchange.plan.blocks[exchange.number]):
+            for name in entries:
+                yield name, _joined(parts.pop(name))
+
+
+def _joined(pieces: Moved) -> Tensor:
+    (first, values), dtype = pieces[0], getattr(torch, pieces[0][0].entry.dtype)
+    if len(pieces) == 1:
+        return values.to(dtype)
+    out = torch.empty(first.entry.shape, dtype=dtype, device=values.device)
+    for piece, values in pieces:
+        out[piece.target] = values
+    return out
+
+
+@functools.cache
+def copy_speed(size: int) -> float:
+    """Bytes a second of `size` bytes copied on this rank's device, the best of a few."""
+    source = torch.ones(size, dtype=torch.uint8, device=platform.device())
+    target, best = torch.zeros_like(source), math.inf
+    for _ in range(4):
+        platform.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        platform.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return size / best
+
+
+def learner_stream(plan: SyncPlan, chunks: list[nn.Module], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
+    dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in plan.entries}
+    return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, plan.spec, mesh))
 
 
 def make_probes(vocab_size: int, count: int, length: int = 48, seed: int = 0) -> list[list[int]]:
@@ -164,7 +179,7 @@ def check_sync(
 ) -> SyncGap:
     """Compare the engines' log-probs after a sync. Collective over the world.
 
-    `stream()` yields the learner's weights again (`lambda: plan.stream(chunks, spec, mesh)`); it is used only when the
+    `stream()` yields the learner's weights again (`lambda: learner_stream(plan, chunks, mesh)`); it is used only when the
     mean gap is above `threshold`, to find what differs. Raises RunFailed, on every rank with the same text.
 
     A mean above the threshold is accepted when every weight is equal and the median is below: then a few tokens sat on
@@ -208,10 +223,3 @@ def explain(differing: list[WeightGap], most: int = 8) -> str:
 def _several(name: str, items: list[WeightGap]) -> str:
     layers = [str(item.layer) for item in items]
     return f"{name} in layers {', '.join(layers[:6])}" + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
-
-
-def _describe(entry: SyncEntry | None) -> str:
-    if entry is None:
-        return "nothing more"
-    where = "" if entry.layer is None else f", layer {entry.layer}"
-    return f"{entry.hf_name} ({entry.family}{where})"

@@ -23,7 +23,15 @@ from megarl.report import describe_machine, render_summary, write_report, write_
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
 from megarl.rollout.vllm_engine import VLLMEngine
-from megarl.rollout.weight_sync import SyncGap, SyncPlan, check_sync, default_threshold, make_probes, sync_weights
+from megarl.rollout.weight_sync import (
+    SyncGap,
+    check_sync,
+    default_threshold,
+    learner_stream,
+    make_probes,
+    plan_sync,
+    sync_weights,
+)
 from megarl.trainers import rl_batch
 from megarl.trainers.common import (
     Loop,
@@ -107,7 +115,7 @@ class RLTrainer:
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
             self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
         spec = self.policy.spec
-        self.sync_plan = SyncPlan.build(spec, cfg.rollout_dtype)
+        self.sync_plan = plan_sync(spec, cfg.parallel, self.mesh, self.engine)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_gap = SyncGap(0.0, 0.0)
         self.pool = GroupPool(self.algorithm)
@@ -301,11 +309,11 @@ class RLTrainer:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
         policy, mesh = self.policy, self.mesh
         cfg, plan = self.cfg, self.sync_plan
-        sync_weights(plan, policy.modules, policy.spec, mesh, self.engine, policy.updates)
+        sync_weights(plan, policy.modules, mesh, self.engine, policy.updates)
         threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
         learner = probe_log_probs(policy, self.probes)
         self.sync_gap = check_sync(
-            self.engine, self.probes, learner, threshold, mesh, lambda: plan.stream(policy.modules, policy.spec, mesh)
+            self.engine, self.probes, learner, threshold, mesh, lambda: learner_stream(plan, policy.modules, mesh)
         )
 
     def evaluate(self, number: int) -> dict[str, float]:

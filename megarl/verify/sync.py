@@ -12,16 +12,18 @@ from megarl.learner.probes import probe_log_probs
 from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.rollout.engine_weights import WeightGap
+from megarl.rollout.sync_plan import SyncPlan
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import (
     SyncGap,
-    SyncPlan,
     SyncReport,
     compare_with_learner,
     default_threshold,
     explain,
+    learner_stream,
     make_probes,
     measure_gap,
+    plan_sync,
     sync_weights,
 )
 
@@ -38,12 +40,12 @@ def verify_sync(cfg: Config) -> int:
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
     engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
-    plan = SyncPlan.build(policy.spec, cfg.rollout_dtype)
+    plan = plan_sync(policy.spec, cfg.parallel, mesh, engine)
     threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
     probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)
-    report = sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy_version=0)
+    report = sync_weights(plan, policy.modules, mesh, engine, policy_version=0)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
-    weights = compare_with_learner(engine, mesh, plan.stream(policy.modules, policy.spec, mesh))
+    weights = compare_with_learner(engine, mesh, learner_stream(plan, policy.modules, mesh))
     stream = launcher.terminal()
     if mesh.is_main and stream is not None:
         print("\n".join(render(plan, report, gap, threshold, weights)), file=stream, flush=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import random
-import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megarl import platform
 from megarl.config.schema import Config, Generate, Model, Parallel, Rollout, Tokenizer
@@ -212,19 +215,26 @@ def sync(
     """
     platform.setup()
     from megarl.learner.policy import Policy
-    from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
+    from megarl.rollout.weight_sync import (
+        check_sync,
+        default_threshold,
+        learner_stream,
+        make_probes,
+        plan_sync,
+        sync_weights,
+    )
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
     learner = learner or dtype
     policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=learner), parallel=parallel), mesh)
-    spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
+    spec, plan = policy.spec, plan_sync(policy.spec, parallel, mesh, engine)
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)
     expected = probe_log_probs(policy, probes)
 
     def stream():
-        return plan.stream(policy.modules, spec, mesh)
+        return learner_stream(plan, policy.modules, mesh)
 
     def check() -> list[float] | str:
         try:
@@ -234,10 +244,11 @@ def sync(
         return [gap.mean, gap.max]
 
     out: dict[str, Any] = {"unsynced": check()}
-    live = _LiveBytes(engine)
-    report = sync_weights(plan, policy.modules, spec, mesh, engine, policy_version=5)
-    out |= {"bytes": report.bytes, "seconds": report.seconds, "version": engine.policy_version, "synced": check()}
-    out |= {"peak_copies": live.peak, "largest_layer": plan.largest_layer_bytes}
+    with _LiveBytes() as live:
+        report = sync_weights(plan, policy.modules, mesh, engine, policy_version=5)
+    out |= {"bytes": plan.bytes, "traffic": asdict(report.traffic), "reload": engine.reload_reason}
+    out |= {"version": engine.policy_version, "synced": check()}
+    out |= {"peak_copies": live.peak + live.window, "largest_layer": plan.largest_layer_bytes}
     for name, broken in BROKEN.items():
         weights = {name: tensor.clone() for name, tensor in stream()}
         engine.load_weights(broken(weights).items(), 6)
@@ -301,13 +312,13 @@ def sync_twice(path: str, **degrees) -> dict:
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
     from megarl.platform import vllm_patches
-    from megarl.rollout.weight_sync import SyncPlan, compare_with_learner, make_probes, measure_gap, sync_weights
+    from megarl.rollout.weight_sync import compare_with_learner, make_probes, measure_gap, plan_sync, sync_weights
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, parallel=parallel)
     policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
-    plan, probes = SyncPlan.build(policy.spec, "float32"), make_probes(policy.spec.vocab_size, 4)
+    plan, probes = plan_sync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
 
     def compare() -> dict:
         found = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
@@ -316,13 +327,13 @@ def sync_twice(path: str, **degrees) -> dict:
 
     out = {}
     for name in ("first", "second"):
-        sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+        sync_weights(plan, policy.modules, mesh, engine, 0)
         out[name] = compare()
         for chunk in policy.modules:
             for parameter in chunk.parameters():
                 parameter.data.mul_(1.05)
     vllm_patches._pack_tied_output = lambda model: None
-    sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+    sync_weights(plan, policy.modules, mesh, engine, 0)
     return out | {"unpatched": compare()}
 
 
@@ -354,31 +365,33 @@ def _scale_values(weights: dict) -> dict:
 BROKEN = {"swapped": _swap_experts, "swapped_down": _swap_down, "layer": _skip_layer, "values": _scale_values}
 
 
-class _LiveBytes:
-    """Counts the bytes of what the engine holds beside its weights during a load: copies, or layers not yet taken over."""
+class _LiveBytes(TorchDispatchMode):
+    """Most bytes that tensors made inside the block took up at once, and the window that a sync's messages lie in."""
 
-    def __init__(self, engine) -> None:
-        from megarl.platform import vllm_direct, vllm_patches
+    def __init__(self) -> None:
+        super().__init__()
+        from megarl.rollout import exchange
 
-        self.now = self.peak = 0
-        plain_copies, plain_take = vllm_patches._copies, vllm_direct.Experts.take
+        self.peak, self.refs = 0, {}
+        plain = exchange.platform.shared_windows
 
-        def counted(tensors):
-            for name, tensor in plain_copies(tensors):
-                size = tensor.numel() * tensor.element_size()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor, self._freed, size)
-                yield name, tensor
-                del tensor
+        def shared_windows(size, *arguments):
+            self.window = size
+            return plain(size, *arguments)
 
-        def take(layer):
-            held = [x.weight for x in set(engine._direct.values()) if getattr(x, "weight", None) is not None]
-            held += [w for x in set(engine._direct.values()) for w in getattr(x, "weights", None) or ()]
-            self.peak = max(self.peak, sum(t.numel() * t.element_size() for t in held))
-            plain_take(layer)
+        exchange.platform.shared_windows = shared_windows
+        self.window = 0
 
-        vllm_patches._copies, vllm_direct.Experts.take = counted, take
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {self._storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and self._storage(tensor)._cdata not in before:
+                self.refs[self._storage(tensor)._cdata] = StorageWeakRef(self._storage(tensor)), tensor.nbytes
+        self.refs = {key: item for key, item in self.refs.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.refs.values()))
+        return out
 
-    def _freed(self, size: int) -> None:
-        self.now -= size
+    @staticmethod
+    def _storage(tensor):
+        return tensor.untyped_storage()
