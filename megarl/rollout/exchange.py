@@ -23,7 +23,7 @@ ALIGNMENT = 64  # bytes, of messages in a window
 class Exchange:
     """One sync's messages from `held` (Megatron name -> this rank's parameter). Collective over the world.
 
-    Ranks of one machine that can share memory write messages into a window of their own, in two halves for two blocks,
+    Ranks of one machine that can share memory write messages into a window of their own, in one half for every other block,
     tell the receivers where a message lies and wait for their receipts before they use the half again. Other messages
     are sent. Parameters go in the precision of the plan.
     """
@@ -31,8 +31,10 @@ class Exchange:
     def __init__(self, plan: SyncPlan, mesh: Mesh, held: dict[str, Tensor]) -> None:
         self.plan, self.mesh, self.held = plan, mesh, held
         self.schedule = plan.schedule(mesh.rank)
-        self.half = max((self._window_bytes(block) for block in self.schedule), default=0)
-        self.windows = platform.shared_windows(2 * self.half, mesh.rank, mesh.all_gather_object)
+        sizes = [self._window_bytes(block) for block in self.schedule]
+        self.middle = max(sizes[::2], default=0)  # of the window: even blocks lie before it, odd ones behind
+        end = self.middle + max(sizes[1::2], default=0)
+        self.windows = platform.shared_windows(end, mesh.rank, mesh.all_gather_object)
         self.number = 0  # of the block that was yielded last
         self.open: tuple[list[dist.Work], ...] = ([], [])  # of each half: what must end before it is used again
 
@@ -91,7 +93,7 @@ class Exchange:
 
     def _sends(self, block: Exchanged, half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once."""
-        out, packed, at = [], {}, half * self.half
+        out, packed, at = [], {}, half * self.middle
         for receiver, pieces in block.outgoing.items():
             shared, size = receiver in self.windows, message_bytes(pieces)
             key = self._same(receiver), shared

@@ -8,11 +8,12 @@ experts go straight to the ranks that host them, and what a rank has on its own 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megarl.config.schema import Parallel
 from megarl.convert import family
@@ -139,9 +140,22 @@ class Piece:
         return math.prod(self.shape) * self.entry.item_bytes
 
 
+Block = list[tuple[Rule, dict[str, SyncEntry]]]
+
+
+def _halves(block: Block) -> tuple[Block, Block]:
+    """A block in two, as equal as its parameters allow: of experts, the gates and ups come first and the downs then."""
+    sizes = [sum(entry.bytes for entry in entries.values()) for _, entries in block]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    cut = min(range(len(ends)), key=lambda i: abs(2 * ends[i] - ends[-1]))
+    return block[:cut], block[cut:]
+
+
 @dataclass(frozen=True)
 class SyncPlan:
-    """Everything one weight sync moves, in blocks (embedding, each layer, what follows); the same on every rank.
+    """Everything one weight sync moves, in blocks (embedding, the halves of each layer, what follows).
+
+    The same on every rank. Two blocks are held at once, so about a layer.
 
     `whole`: every engine rank is given full tensors, for engines whose layers are not known well enough to be written
     into. `hosted(rank)` then is the whole checkpoint.
@@ -154,13 +168,14 @@ class SyncPlan:
     whole: bool = False
 
     @functools.cached_property
-    def blocks(self) -> list[list[tuple[Rule, dict[str, SyncEntry]]]]:
+    def blocks(self) -> list[Block]:
         """The rules that are exported, each with its tensors, block by block."""
-        return [
+        blocks = [
             [(rule, {name: self._entry(rule, name, size) for name, size in rule.hf_shapes(self.spec).items()})
              for rule in block if rule.exported]
             for block in family(self.spec.family).blocks(self.spec)
         ]  # fmt: skip
+        return [half for block in blocks for half in _halves(block) if half]
 
     def _entry(self, rule: Rule, name: str, size: tuple[int, ...]) -> SyncEntry:
         dtype = "float32" if name.endswith(EXACT) else self.dtype
@@ -252,8 +267,12 @@ class SyncPlan:
 
     @property
     def largest_layer_bytes(self) -> int:
-        """The largest block; a sync needs at most two of these beside the weights."""
-        return max(sum(entry.bytes for _, entries in block for entry in entries.values()) for block in self.blocks)
+        """Of the embedding, a layer or the output layer; a sync needs at most two of these beside the weights."""
+        layers: dict[Any, int] = {}
+        for entry in self.entries:
+            key = entry.family if entry.layer is None else entry.layer
+            layers[key] = layers.get(key, 0) + entry.bytes
+        return max(layers.values())
 
     @functools.cache  # noqa: B019 - asked for by each rank for itself
     def traffic(self, rank: int) -> Traffic:

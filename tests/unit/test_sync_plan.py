@@ -113,7 +113,7 @@ def test_senders_share_the_work():
     """A pipeline stage gives its layers to the other's ranks one to one, and no rank sends twice what another does."""
     learner = LearnerLayout.of(Parallel(pp=2, ep=2), 8, 4)
     plan = SyncPlan(SPEC, "float32", learner, EngineDegrees())
-    sent = [sum(p.bytes for pieces in plan.outgoing(1, r).values() for p in pieces) for r in range(8)]
+    sent = [sum(p.bytes for pieces in plan.outgoing(2, r).values() for p in pieces) for r in range(8)]
     assert max(sent[:4]) <= 1.5 * min(sent[:4]) and sent[4:] == [0] * 4
 
 
@@ -175,4 +175,4 @@ def test_a_plan_for_512_ranks_takes_seconds():
     outgoing = [plan.outgoing(block, 5) for block in range(len(plan.blocks))]
     traffic = plan.traffic(5)
     assert time.perf_counter() - start < 20
-    assert traffic.written < plan.bytes / 4 and sum(map(bool, outgoing)) == 13
+    assert traffic.written < plan.bytes / 4 and sum(map(bool, outgoing)) == 25
