@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
+
+from megarl.platform.shared_memory import Gather, SharedWindows
 
 _settled = False
 
@@ -122,7 +122,7 @@ def profiler_activities() -> list:
     return _module().profiler_activities()
 
 
-def shared_windows(size: int, rank: int, gather: Callable[[Any], list[Any]]) -> dict[int, torch.Tensor]:
-    """Device memory that ranks of one machine read from each other, see `shared_memory.share`; empty where the
-    collectives' own messages are the faster way. Collective."""
-    return _module().shared_windows(size, rank, gather)
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    """Memory that ranks of one machine read from each other, see `shared_memory.share`; without windows where messages
+    of the process group are the faster way. Collective."""
+    return _module().shared_windows(size, place, gather, topics, timeout)

@@ -16,6 +16,7 @@ import torch
 import torch.utils._device
 
 from megarl.platform.host import host_memory
+from megarl.platform.shared_memory import Gather, SharedWindows, share
 
 NAME = "cpu"
 BACKEND = "gloo"
@@ -87,10 +88,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return RMSNorm.apply(x, weight, eps)
 
 
-def shared_windows(size: int, rank: int, gather: Callable[[Any], list[Any]]) -> dict[int, torch.Tensor]:
-    from megarl.platform.shared_memory import share
-
-    return share(size, rank, gather)
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    return share(size, place, gather, topics, timeout)
 
 
 def empty_cache() -> None:

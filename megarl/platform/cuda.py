@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from megarl.platform.host import GIB, host_memory
+from megarl.platform.shared_memory import Gather, SharedWindows
 
 NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -58,9 +56,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def shared_windows(size: int, rank: int, gather: Callable[[Any], list[Any]]) -> dict[int, torch.Tensor]:
-    """NCCL reaches a neighbour's memory directly."""
-    return {}
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    """None: NCCL reaches a neighbour's memory directly."""
+    return SharedWindows({}, {}, timeout)
 
 
 def empty_cache() -> None:

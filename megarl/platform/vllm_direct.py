@@ -190,6 +190,7 @@ class Direct:
         self.layers, self.hosted, self.names = layers, hosted, names
         self.places = {name: layer for layer in layers for name in layer.parts}
         self._missing: dict[str, int] = {}  # elements, of the tensors of layers that were given some
+        self._incomplete: dict[Layer, int] = {}  # tensors, of layers that were given some
 
     @contextlib.contextmanager
     def loading(self, everything: bool = False) -> Iterator[None]:
@@ -198,6 +199,7 @@ class Direct:
         `everything`: and when a layer was given none.
         """
         self._missing.clear()
+        self._incomplete.clear()
         with torch.no_grad():
             yield
         for name in self.places if everything else self._missing:
@@ -212,10 +214,13 @@ class Direct:
             raise ValueError(f"the engine's model has no {name}")
         if name not in self._missing:
             self._missing |= {other: math.prod(layer.shape(part)) for other, part in layer.parts.items()}
+            self._incomplete[layer] = len(layer.parts)
         layer.write(layer.parts[name], box, values)
         self._missing[name] -= values.numel()
-        if not self._missing[name] and not any(self._missing[other] for other in layer.parts):
-            layer.finish()
+        if not self._missing[name]:
+            self._incomplete[layer] -= 1
+            if not self._incomplete[layer]:
+                layer.finish()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write full tensors; a layer that is given none keeps its weights.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,15 +16,17 @@ if TYPE_CHECKING:
     from megarl.parallel import Mesh
 
 Moved = list[tuple[Piece, Tensor]]
+TOPICS = ("ready", "read")  # where in the sender's window a message lies; that the receiver is done with it
+TIMEOUT = 600.0  # seconds that a neighbour may be late
 ALIGNMENT = 64  # bytes, of messages in a window
 
 
 class Exchange:
     """One sync's messages from `held` (Megatron name -> this rank's parameter). Collective over the world.
 
-    Ranks of one machine that can share memory write messages into a window of their own, in one half for every other block,
-    tell the receivers where a message lies and wait for their receipts before they use the half again. Other messages
-    are sent. Parameters go in the precision of the plan.
+    Ranks of one machine that can share memory write messages into a window of their own, in one half for every other
+    block, tell the receivers where a message lies and wait for their receipts before they use the half again. Other
+    messages are sent. Parameters go in the precision of the plan.
     """
 
     def __init__(self, plan: SyncPlan, mesh: Mesh, held: dict[str, Tensor]) -> None:
@@ -34,28 +35,30 @@ class Exchange:
         sizes = [self._window_bytes(block) for block in self.schedule]
         self.middle = max(sizes[::2], default=0)  # of the window: even blocks lie before it, odd ones behind
         end = self.middle + max(sizes[1::2], default=0)
-        self.windows = platform.shared_windows(end, mesh.rank, mesh.all_gather_object)
+        self.shared = platform.shared_windows(
+            end, (mesh.rank, mesh.world_size), mesh.all_gather_object, len(TOPICS), TIMEOUT
+        )
         self.number = 0  # of the block that was yielded last
-        self.open: tuple[list[dist.Work], ...] = ([], [])  # of each half: what must end before it is used again
+        self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
+        self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
 
     def blocks(self, ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
         `ahead`: the next block is on its way while one is used.
         """
-        count = len(self.schedule)
-        posted = self._post(0)
-        for number, block in enumerate(self.schedule):
-            self.number, moved = number, self._collect(block, posted)
-            if ahead and number + 1 < count:
-                posted = self._post(number + 1)
-            yield moved
-            del moved
-            self._confirm(number)
-            if not ahead and number + 1 < count:
-                posted = self._post(number + 1)
-        for work in itertools.chain(*self.open):
-            work.wait()
+        with self.shared:
+            works = self._post(0)
+            for number, block in enumerate(self.schedule):
+                self.number, moved = number, self._collect(block, works)
+                if ahead:
+                    works = self._post(number + 1)
+                yield moved
+                del moved
+                self._confirm(block)
+                if not ahead:
+                    works = self._post(number + 1)
+            self._settle(0), self._settle(1)
 
     def _values(self, piece: Piece) -> Tensor:
         return self.held[piece.entry.source][piece.local]
@@ -68,75 +71,77 @@ class Exchange:
         """Receivers with the same number host the same and get the same buffer."""
         return receiver % self.plan.engine.ranks
 
-    def _post(self, number: int) -> dict[int, Message]:
-        """Start a block's messages; returns those that will come, by sender."""
-        block, half = self.schedule[number], number % 2
-        for work in self.open[half]:
+    def _settle(self, half: int) -> None:
+        """Wait until nobody needs this half of the window and of the messages."""
+        for work in self.sending[half]:
             work.wait()
-        operations = self._sends(block, half)
-        sent = len(operations)
-        buffers = {}
+        for receiver in self.unread[half]:
+            self.shared.hear(receiver, TOPICS.index("read"))
+        self.sending[half].clear(), self.unread[half].clear()
+
+    def _post(self, number: int) -> dict[int, Message]:
+        """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
+        if number >= len(self.schedule):
+            return {}
+        block, half = self.schedule[number], number % 2
+        self._settle(half)
+        operations = self._send(block, half)
+        sends, buffers = len(operations), {}
         for sender, pieces in block.incoming.items():
-            if sender != self.mesh.rank:
-                buffers[sender] = self._note() if sender in self.windows else _empty(message_bytes(pieces))
-                operations.append(self._operation(dist.irecv, buffers[sender], sender, half))
+            if sender != self.mesh.rank and sender not in self.shared:
+                buffers[sender] = _empty(message_bytes(pieces))
+                operations.append(self._operation(dist.irecv, buffers[sender], sender))
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) < len(operations):  # NCCL makes one of all
             works = works * len(operations)
-        receipts = [
-            dist.irecv(self._note(), receiver, self.mesh.world_group, tag=2 + half)
-            for receiver in block.outgoing
-            if receiver in self.windows
-        ]
-        self.open[half][:] = works[:sent] + receipts
-        return {sender: Message(*pair) for (sender, *pair) in zip(buffers, buffers.values(), works[sent:], strict=True)}
+        self.sending[half].extend(works[:sends])
+        return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _sends(self, block: Exchanged, half: int) -> list[dist.P2POp]:
-        """Pack the messages of a block, equal ones once."""
-        out, packed, at = [], {}, half * self.middle
+    def _send(self, block: Exchanged, half: int) -> list[dist.P2POp]:
+        """Pack the messages of a block, equal ones once; returns those that have to be sent."""
+        operations, packed, at = [], {}, half * self.middle
         for receiver, pieces in block.outgoing.items():
-            shared, size = receiver in self.windows, message_bytes(pieces)
+            shared, size = receiver in self.shared, message_bytes(pieces)
             key = self._same(receiver), shared
             if key not in packed:
-                buffer = self.windows[self.mesh.rank][at : at + size] if shared else _empty(size)
+                buffer = self.shared.windows[self.mesh.rank][at : at + size] if shared else _empty(size)
                 for piece, place in zip(pieces, _places(pieces, buffer), strict=True):
                     place.copy_(self._values(piece))
-                packed[key] = self._note(at) if shared else buffer
+                packed[key] = at if shared else buffer
                 at += _aligned(size) if shared else 0
-            out.append(self._operation(dist.isend, packed[key], receiver, half))
-        return out
+            if shared:
+                self.shared.tell(receiver, TOPICS.index("ready"), packed[key])
+                self.unread[half].append(receiver)
+            else:
+                operations.append(self._operation(dist.isend, packed[key], receiver))
+        return operations
 
-    def _operation(self, kind: Any, tensor: Tensor, peer: int, half: int) -> dist.P2POp:
-        return dist.P2POp(kind, tensor, peer, self.mesh.world_group, tag=half)
+    def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    @staticmethod
-    def _note(at: int = 0) -> Tensor:
-        """What is told about a message in a window: where it lies, and back that it was read."""
-        return torch.tensor([at])
-
-    def _collect(self, block: Exchanged, posted: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
         moved = [(piece, self._values(piece)) for piece in block.incoming.get(self.mesh.rank, [])]
-        for sender, message in posted.items():
-            pieces = block.incoming[sender]
-            moved += zip(pieces, _places(pieces, self._arrived(sender, message)), strict=True)
+        for sender, pieces in block.incoming.items():
+            if sender == self.mesh.rank:
+                continue
+            if sender in self.shared:
+                buffer = self.shared.windows[sender][self.shared.hear(sender, TOPICS.index("ready")) :]
+            else:
+                works[sender].work.wait()
+                buffer = works[sender].buffer
+            moved += zip(pieces, _places(pieces, buffer), strict=True)
         return moved
 
-    def _arrived(self, sender: int, message: Message) -> Tensor:
-        message.work.wait()
-        if sender not in self.windows:
-            return message.buffer
-        return self.windows[sender][int(message.buffer) :]
-
-    def _confirm(self, number: int) -> None:
-        for sender in self.schedule[number].incoming:
-            if sender != self.mesh.rank and sender in self.windows:
-                work = dist.isend(self._note(), sender, self.mesh.world_group, tag=2 + number % 2)
-                self.open[number % 2].append(work)
+    def _confirm(self, block: Exchanged) -> None:
+        """Tell the senders that their windows were read."""
+        for sender in block.incoming:
+            if sender != self.mesh.rank and sender in self.shared:
+                self.shared.tell(sender, TOPICS.index("read"))
 
 
 class Message(NamedTuple):
-    """What will come from one rank: the message, or for a window the place where it lies."""
+    """What will come from a rank that shares no memory."""
 
     buffer: Tensor
     work: dist.Work

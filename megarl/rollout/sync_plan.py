@@ -131,11 +131,11 @@ class Piece:
     box: Box  # in the full Hugging Face tensor
     target: Box  # in what the receiver hosts of it
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(s.stop - s.start for s in self.target)
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.entry.item_bytes
 
