@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -27,20 +28,16 @@ class SharedWindows:
     """`windows[rank]`: `size` bytes (uint8) of that rank's, for all ranks of this machine, this one's included.
 
     `tell(rank, topic, number)` and `hear(rank, topic)` carry numbers between two of them, in order, in `topics` lines of
-    their own. Made by `share`; a context manager, whose memory goes when it and all tensors made of it have gone.
+    their own. Made by `share`; the memory goes when this and all tensors made of it have gone.
     """
 
     def __init__(self, windows: dict[int, Tensor], pipes: dict[tuple[int, int], tuple[int, int]], timeout: float) -> None:
         self.windows, self._pipes, self._timeout = windows, pipes, timeout
+        self._close = weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
 
-    def __enter__(self) -> SharedWindows:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for ends in self._pipes.values():
-            for end in ends:
-                os.close(end)
-        self.windows, self._pipes = {}, {}
+    def close(self) -> None:
+        self.windows = {}
+        self._close()
 
     def __contains__(self, rank: int) -> bool:
         return rank in self.windows
@@ -74,8 +71,13 @@ def share(size: int, place: tuple[int, int], gather: Gather, topics: int, timeou
                 found = _connect(rank, offers, topics, timeout)
         agreed = all(gather(bool(found.windows)))  # and then nobody looks into another any more
     if not agreed:
-        found.__exit__()
+        found.close()
     return found
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _make(size: int, pipes: int, made: ExitStack) -> list[int] | None:

@@ -22,15 +22,15 @@ ALIGNMENT = 64  # bytes, of messages in a window
 
 
 class Exchange:
-    """One sync's messages from `held` (Megatron name -> this rank's parameter). Collective over the world.
+    """The messages of a plan on one rank. Collective over the world, as is every use of `blocks`.
 
     Ranks of one machine that can share memory write messages into a window of their own, in one half for every other
     block, tell the receivers where a message lies and wait for their receipts before they use the half again. Other
     messages are sent. Parameters go in the precision of the plan.
     """
 
-    def __init__(self, plan: SyncPlan, mesh: Mesh, held: dict[str, Tensor]) -> None:
-        self.plan, self.mesh, self.held = plan, mesh, held
+    def __init__(self, plan: SyncPlan, mesh: Mesh) -> None:
+        self.plan, self.mesh = plan, mesh
         self.schedule = plan.schedule(mesh.rank)
         sizes = [self._window_bytes(block) for block in self.schedule]
         self.middle = max(sizes[::2], default=0)  # of the window: even blocks lie before it, odd ones behind
@@ -38,30 +38,25 @@ class Exchange:
         self.shared = platform.shared_windows(
             end, (mesh.rank, mesh.world_size), mesh.all_gather_object, len(TOPICS), TIMEOUT
         )
-        self.number = 0  # of the block that was yielded last
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
 
-    def blocks(self, ahead: bool = True) -> Iterator[Moved]:
+    def blocks(self, held: dict[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
-        `ahead`: the next block is on its way while one is used.
+        `held`: Megatron name -> this rank's parameter. `ahead`: the next block is on its way while one is used.
         """
-        with self.shared:
-            works = self._post(0)
-            for number, block in enumerate(self.schedule):
-                self.number, moved = number, self._collect(block, works)
-                if ahead:
-                    works = self._post(number + 1)
-                yield moved
-                del moved
-                self._confirm(block)
-                if not ahead:
-                    works = self._post(number + 1)
-            self._settle(0), self._settle(1)
-
-    def _values(self, piece: Piece) -> Tensor:
-        return self.held[piece.entry.source][piece.local]
+        works = self._post(0, held)
+        for number, block in enumerate(self.schedule):
+            moved = self._collect(block, held, works)
+            if ahead:
+                works = self._post(number + 1, held)
+            yield moved
+            del moved
+            self._confirm(block)
+            if not ahead:
+                works = self._post(number + 1, held)
+        self._settle(0), self._settle(1)
 
     def _window_bytes(self, block: Exchanged) -> int:
         distinct = {self._same(receiver): pieces for receiver, pieces in block.outgoing.items()}
@@ -79,13 +74,13 @@ class Exchange:
             self.shared.hear(receiver, TOPICS.index("read"))
         self.sending[half].clear(), self.unread[half].clear()
 
-    def _post(self, number: int) -> dict[int, Message]:
+    def _post(self, number: int, held: dict[str, Tensor]) -> dict[int, Message]:
         """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
         if number >= len(self.schedule):
             return {}
         block, half = self.schedule[number], number % 2
         self._settle(half)
-        operations = self._send(block, half)
+        operations = self._send(block, held, half)
         sends, buffers = len(operations), {}
         for sender, pieces in block.incoming.items():
             if sender != self.mesh.rank and sender not in self.shared:
@@ -97,7 +92,7 @@ class Exchange:
         self.sending[half].extend(works[:sends])
         return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _send(self, block: Exchanged, half: int) -> list[dist.P2POp]:
+    def _send(self, block: Exchanged, held: dict[str, Tensor], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
         for receiver, pieces in block.outgoing.items():
@@ -105,8 +100,8 @@ class Exchange:
             key = self._same(receiver), shared
             if key not in packed:
                 buffer = self.shared.windows[self.mesh.rank][at : at + size] if shared else _empty(size)
-                for piece, place in zip(pieces, _places(pieces, buffer), strict=True):
-                    place.copy_(self._values(piece))
+                for place, values in _runs(pieces, _places(pieces, buffer), held):
+                    place.copy_(values)
                 packed[key] = at if shared else buffer
                 at += _aligned(size) if shared else 0
             if shared:
@@ -119,9 +114,9 @@ class Exchange:
     def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    def _collect(self, block: Exchanged, works: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, held: dict[str, Tensor], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
-        moved = [(piece, self._values(piece)) for piece in block.incoming.get(self.mesh.rank, [])]
+        moved = [(piece, _values(piece, held)) for piece in block.incoming.get(self.mesh.rank, [])]
         for sender, pieces in block.incoming.items():
             if sender == self.mesh.rank:
                 continue
@@ -153,6 +148,40 @@ def _empty(size: int) -> Tensor:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _values(piece: Piece, held: dict[str, Tensor]) -> Tensor:
+    return held[piece.entry.source][piece.local]
+
+
+def _runs(pieces: list[Piece], places: Iterator[Tensor], held: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(place, values) of the pieces; neighbours in both the message and memory as one, since large copies are faster."""
+    run: list[tuple[Tensor, Tensor]] = []
+    for piece, place in zip(pieces, places, strict=True):
+        values = _values(piece, held)
+        if run and not (_follows(run[-1][0], place) and _follows(run[-1][1], values)):
+            yield _joined(run)
+            run = []
+        run.append((place, values))
+    if run:
+        yield _joined(run)
+
+
+def _follows(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.data_ptr() + one.nbytes == other.data_ptr()
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
+def _joined(run: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(run) == 1:
+        return run[0]
+    count = sum(place.numel() for place, _ in run)
+    return tuple(one.as_strided((count,), (1,), one.storage_offset()) for one in run[0])
 
 
 def _places(pieces: list[Piece], buffer: Tensor) -> Iterator[Tensor]:

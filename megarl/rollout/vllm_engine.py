@@ -301,6 +301,12 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise RunFailed("weight sync: vLLM could not drop its prefix cache because requests are still running")
 
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks of keys and values that a later request could reuse."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
     def sleep(self, level: int = 1) -> None:
         if self.capabilities.sleep:
             self._llm.sleep(level)

@@ -1,15 +1,14 @@
 """Weight sync: learner -> engine, by a plan that is a value, and the check that every sync gets.
 
-`SyncPlan` says what moves; `sync_weights` moves it and refuses a learner that is not the plan's; `check_sync` compares the
+`SyncPlan` says what moves; `WeightSync` moves it and refuses a learner that is not the plan's; `check_sync` compares the
 two engines' log-probs on fixed probe sequences and, when they are apart, names the tensor families that differ.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from megarl.convert import stream_hf
 from megarl.convert.load import matched
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
+from megarl.rollout.checksums import differing_tensors
 from megarl.rollout.engine_weights import WeightGap, compare_weights
 from megarl.rollout.exchange import Exchange, Moved
 from megarl.rollout.sync_plan import LearnerLayout, SyncPlan, Traffic
@@ -48,6 +48,16 @@ class SyncReport:
         """Bytes a second that this rank's engine part was renewed with."""
         return self.traffic.written / self.seconds
 
+    def describe(self, reload_reason: str | None = None) -> str:
+        """One line for a log."""
+        moved, least = self.traffic.received / 1e6, self.traffic.bound / 1e6
+        how = f"; full tensors through vLLM's reload, because {reload_reason}" if reload_reason else ""
+        return (
+            f"weight sync: {self.traffic.written / 1e6:,.1f} MB a rank, {moved:,.1f} MB of it from other ranks (least "
+            f"possible {least:,.1f}), {self.seconds:.3f} s = {self.speed / 1e9:.2f} GB/s, a plain copy "
+            f"{self.copy_speed / 1e9:.1f} GB/s{how}"
+        )
+
 
 @dataclass(frozen=True)
 class SyncGap:
@@ -58,61 +68,54 @@ class SyncGap:
     median: float = 0.0
 
 
-def plan_sync(spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> SyncPlan:
-    """The plan from a learner of this layout to this engine; of full tensors when vLLM has to reload."""
-    learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
-    plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole=engine.reload_reason is not None)
-    mesh.barrier()
-    copy_speed(_copied(plan))  # on all ranks at once, as they sync
-    return plan
+class WeightSync:
+    """Brings the weights of a learner of this layout into these engines. Collective over the world, as is `run`.
 
-
-def _copied(plan: SyncPlan) -> int:
-    return min(plan.largest_layer_bytes, COPIED)
-
-
-def sync_weights(
-    plan: SyncPlan, chunks: list[nn.Module], mesh: Mesh, engine: VLLMEngine, policy_version: int
-) -> SyncReport:
-    """Bring the learner's weights into every engine. Collective over the world.
-
-    Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something.
+    Full tensors go to an engine that can only be reloaded by vLLM's own machinery; `engine.reload_reason` says why.
     """
-    start = time.perf_counter()
-    held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, plan.spec).items()}
-    _check_held(plan, held, mesh.rank)
-    exchange = Exchange(plan, mesh, held)
-    if plan.whole:
-        engine.load_weights(plan.follow(_full_tensors(exchange)), policy_version)
-    else:
-        engine.write_weights(exchange.blocks(), policy_version)
-    platform.synchronize()
-    seconds = time.perf_counter() - start
-    return SyncReport(seconds, plan.traffic(mesh.rank), copy_speed(_copied(plan)))
 
+    def __init__(self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> None:
+        learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
+        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole=engine.reload_reason is not None)
+        self.mesh, self.engine, self.exchange = mesh, engine, Exchange(self.plan, mesh)
+        self.copy_speed = measure_copy(min(self.plan.largest_layer_bytes, COPIED))
 
-def _check_held(plan: SyncPlan, held: dict[str, Tensor], rank: int) -> None:
-    """Raises RunFailed for a parameter that a rank has and the plan does not give it, or the other way round."""
-    planned = plan.held(rank)
-    found = {name: tuple(held[name].shape) for name in held if name in planned or not plan.is_copy(name)}
-    for name in [*planned, *found]:
-        if planned.get(name) != found.get(name):
-            raise RunFailed(
-                f"weight sync: {name} has the shape {found.get(name)} on rank {rank} of the learner, in the plan "
-                f"{planned.get(name)}"
-            )
+    def run(self, chunks: list[nn.Module], policy_version: int) -> SyncReport:
+        """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
+        start = time.perf_counter()
+        held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        self._check(held)
+        if self.plan.whole:
+            self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)
+        else:
+            self.engine.write_weights(self.exchange.blocks(held), policy_version)
+        platform.synchronize()
+        return SyncReport(time.perf_counter() - start, self.plan.traffic(self.mesh.rank), self.copy_speed)
 
+    def _check(self, held: dict[str, Tensor]) -> None:
+        """Raises RunFailed for a parameter that this rank has and the plan does not give it, or the other way round."""
+        planned = self.plan.held(self.mesh.rank)
+        found = {name: tuple(held[name].shape) for name in held if name in planned or not self.plan.is_copy(name)}
+        for name in [*planned, *found]:
+            if planned.get(name) != found.get(name):
+                raise RunFailed(
+                    f"weight sync: {name} has the shape {found.get(name)} on rank {self.mesh.rank} of the learner, "
+                    f"in the plan {planned.get(name)}"
+                )
 
-def _full_tensors(exchange: Exchange) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor whole, in order, from a plan of whole tensors."""
-    for moved in exchange.blocks(ahead=False):
-        parts: dict[str, Moved] = {}
-        for piece, values in moved:
-            parts.setdefault(piece.entry.hf_name, []).append((piece, values))
-        del moved
-        for entries in (entries for _, entries in exchange.plan.blocks[exchange.number]):
-            for name in entries:
+    def _full_tensors(self, held: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor whole, in order, from a plan of whole tensors."""
+        for block, moved in zip(self.plan.blocks, self.exchange.blocks(held, ahead=False), strict=True):
+            parts: dict[str, Moved] = {}
+            for piece, values in moved:
+                parts.setdefault(piece.entry.hf_name, []).append((piece, values))
+            for name in (name for _, entries in block for name in entries):
                 yield name, _joined(parts.pop(name))
+
+    def stream(self, chunks: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
+        dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in self.plan.entries}
+        return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, self.plan.spec, self.mesh))
 
 
 def _joined(pieces: Moved) -> Tensor:
@@ -125,8 +128,7 @@ def _joined(pieces: Moved) -> Tensor:
     return out
 
 
-@functools.cache
-def copy_speed(size: int) -> float:
+def measure_copy(size: int) -> float:
     """Bytes a second of `size` bytes copied on this rank's device, the best of a few."""
     source = torch.ones(size, dtype=torch.uint8, device=platform.device())
     target, best = torch.zeros_like(source), math.inf
@@ -137,12 +139,6 @@ def copy_speed(size: int) -> float:
         platform.synchronize()
         best = min(best, time.perf_counter() - start)
     return size / best
-
-
-def learner_stream(plan: SyncPlan, chunks: list[nn.Module], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
-    dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in plan.entries}
-    return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, plan.spec, mesh))
 
 
 def make_probes(vocab_size: int, count: int, length: int = 48, seed: int = 0) -> list[list[int]]:
@@ -170,31 +166,57 @@ def measure_gap(
 
 
 def check_sync(
-    engine: VLLMEngine,
+    sync: WeightSync,
+    chunks: list[nn.Module],
     probes: list[list[int]],
     learner_log_probs: list[np.ndarray],
     threshold: float,
-    mesh: Mesh,
-    stream: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> SyncGap:
     """Compare the engines' log-probs after a sync. Collective over the world.
 
-    `stream()` yields the learner's weights again (`lambda: learner_stream(plan, chunks, mesh)`); it is used only when the
-    mean gap is above `threshold`, to find what differs. Raises RunFailed, on every rank with the same text.
+    The learner's weights are looked at again only when the mean gap is above `threshold`, to find what differs. Raises
+    RunFailed, on every rank with the same text.
 
     A mean above the threshold is accepted when every weight is equal and the median is below: then a few tokens sat on
     a tie between two experts, which rounding broke differently in the two engines.
     """
-    gap = measure_gap(engine, probes, learner_log_probs, mesh)
+    check_prefix_cache(sync.engine, sync.mesh)
+    gap = measure_gap(sync.engine, probes, learner_log_probs, sync.mesh)
     if gap.mean <= threshold:  # a nan is not
         return gap
-    differing = [item for item in compare_with_learner(engine, mesh, stream()) if item.differs]
+    compared = compare_with_learner(sync.engine, sync.mesh, sync.stream(chunks))
+    differing = [item for item in compared if item.differs]
     if not differing and gap.median <= threshold:
         return gap
     raise RunFailed(
         f"weight sync: learner and engine log-probs differ by {gap.mean:.1e} on average (max {gap.max:.1e}, threshold "
         f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}"
     )
+
+
+def check_prefix_cache(engine: VLLMEngine, mesh: Mesh) -> None:
+    """Raises RunFailed, on every rank, when an engine could still answer from keys and values of earlier weights."""
+    blocks = mesh.all_gather_object(engine.cached_blocks)
+    if any(blocks):
+        rank = next(rank for rank, count in enumerate(blocks) if count)
+        raise RunFailed(
+            f"weight sync: the prefix cache is stale, the engine of rank {rank} kept {blocks[rank]} blocks of earlier weights"
+        )
+
+
+def check_checksums(sync: WeightSync, chunks: list[nn.Module], most: int = 8) -> None:
+    """Raises RunFailed, on every rank, naming the tensors whose checksums differ between learner and engine.
+
+    Where vLLM's layers cannot be read, the comparison is that of what they compute.
+    """
+    if sync.plan.whole:
+        compared = compare_with_learner(sync.engine, sync.mesh, sync.stream(chunks))
+        found = [str(item) for item in compared if item.differs]
+    else:
+        found = differing_tensors(sync, chunks)
+    if found:
+        more = f", and {len(found) - most} more" if len(found) > most else ""
+        raise RunFailed(f"weight sync: these tensors' checksums differ: {', '.join(found[:most])}{more}")
 
 
 def compare_with_learner(engine: VLLMEngine, mesh: Mesh, stream: Iterable[tuple[str, Tensor]]) -> list[WeightGap]:

@@ -215,37 +215,31 @@ def sync(
     """
     platform.setup()
     from megarl.learner.policy import Policy
-    from megarl.rollout.weight_sync import (
-        check_sync,
-        default_threshold,
-        learner_stream,
-        make_probes,
-        plan_sync,
-        sync_weights,
-    )
+    from megarl.rollout.weight_sync import WeightSync, check_checksums, check_sync, default_threshold, make_probes
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
     learner = learner or dtype
     policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=learner), parallel=parallel), mesh)
-    spec, plan = policy.spec, plan_sync(policy.spec, parallel, mesh, engine)
+    spec, weight_sync = policy.spec, WeightSync(policy.spec, parallel, mesh, engine)
+    plan = weight_sync.plan
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)
     expected = probe_log_probs(policy, probes)
 
     def stream():
-        return learner_stream(plan, policy.modules, mesh)
+        return weight_sync.stream(policy.modules)
 
     def check() -> list[float] | str:
         try:
-            gap = check_sync(engine, probes, expected, default_threshold(learner, dtype), mesh, stream)
+            gap = check_sync(weight_sync, policy.modules, probes, expected, default_threshold(learner, dtype))
         except RunFailed as error:
             return str(error)
         return [gap.mean, gap.max]
 
     out: dict[str, Any] = {"unsynced": check()}
     with _LiveBytes() as live:
-        report = sync_weights(plan, policy.modules, mesh, engine, policy_version=5)
+        report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": plan.bytes, "traffic": asdict(report.traffic), "reload": engine.reload_reason}
     out |= {"version": engine.policy_version, "synced": check()}
     out |= {"peak_copies": live.peak + live.window, "largest_layer": plan.largest_layer_bytes}
@@ -312,13 +306,13 @@ def sync_twice(path: str, **degrees) -> dict:
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
     from megarl.platform import vllm_patches
-    from megarl.rollout.weight_sync import compare_with_learner, make_probes, measure_gap, plan_sync, sync_weights
+    from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
     from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, parallel=parallel)
     policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
-    plan, probes = plan_sync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
+    weight_sync, probes = WeightSync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
 
     def compare() -> dict:
         found = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
@@ -327,13 +321,13 @@ def sync_twice(path: str, **degrees) -> dict:
 
     out = {}
     for name in ("first", "second"):
-        sync_weights(plan, policy.modules, mesh, engine, 0)
+        weight_sync.run(policy.modules, 0)
         out[name] = compare()
         for chunk in policy.modules:
             for parameter in chunk.parameters():
                 parameter.data.mul_(1.05)
     vllm_patches._pack_tied_output = lambda model: None
-    sync_weights(plan, policy.modules, mesh, engine, 0)
+    weight_sync.run(policy.modules, 0)
     return out | {"unpatched": compare()}
 
 

@@ -40,7 +40,7 @@ def on_rank(model: str, learner: str, rounds: int) -> None:
     from megarl.models.generate import ensure_checkpoint
     from megarl.parallel import Mesh
     from megarl.rollout.vllm_engine import VLLMEngine
-    from megarl.rollout.weight_sync import copy_speed, plan_sync, sync_weights
+    from megarl.rollout.weight_sync import WeightSync
 
     dtype, shape = MODELS[model]
     settings = Model(path=str(WORK / f"sync-{model}"), dtype=dtype, generate=Generate(**COMMON, **shape))
@@ -51,22 +51,20 @@ def on_rank(model: str, learner: str, rounds: int) -> None:
     mesh.barrier()
     policy = Policy.from_hf(settings.path, Config(model=settings, parallel=parallel), mesh)
     engine = VLLMEngine(settings.path, rollout, dtype, 0, mesh, load=False)
-    plan = plan_sync(policy.spec, parallel, mesh, engine)
+    sync = WeightSync(policy.spec, parallel, mesh, engine)
 
     def seconds(count: int) -> tuple[float, float]:
         """Medians of the slowest rank: of a sync, and of a plain copy of its bytes."""
         times = []
         for _ in range(count):
             mesh.barrier()
-            report = sync_weights(plan, policy.modules, mesh, engine, 0)
+            seconds = sync.run(policy.modules, 0).seconds
             mesh.barrier()
-            copy_speed.cache_clear()
-            copied = report.traffic.written / copy_speed(min(plan.largest_layer_bytes, 64 << 20))
-            times.append([max(column) for column in zip(*mesh.all_gather_object((report.seconds, copied)))])
+            times.append([max(column) for column in zip(*mesh.all_gather_object((seconds, plain_copy(engine.model))))])
         return tuple(statistics.median(column) for column in zip(*times))
 
     first = time.perf_counter()
-    sync_weights(plan, policy.modules, mesh, engine, 0)
+    sync.run(policy.modules, 0)
     first = time.perf_counter() - first
     synced, copied = seconds(rounds)
     peak = platform.device_memory()["peak_rss"]
@@ -75,7 +73,7 @@ def on_rank(model: str, learner: str, rounds: int) -> None:
     ):
         unpacked, _ = seconds(rounds)
     if mesh.is_main:
-        traffic = plan.traffic(0)
+        traffic = sync.plan.traffic(0)
         speeds = [traffic.written / s / 1e9 for s in (synced, unpacked, copied)]
         print(
             f"{model} {dtype} {learner} -> 2 engines, {rounds} syncs: {traffic.written / 1e6:.0f} MB a rank, "
@@ -85,6 +83,17 @@ def on_rank(model: str, learner: str, rounds: int) -> None:
             f"{speeds[1] / speeds[2]:.2f}; reload {engine.reload_reason}; peak {peak:.2f} GiB",
             flush=True,
         )
+
+
+def plain_copy(model: torch.nn.Module) -> float:
+    """Seconds that copying the engine's own large weights out takes, in the place of all its bytes."""
+    weights = [p.data for p in model.parameters() if p.nbytes >= 1 << 20]
+    out = torch.empty(max(p.nbytes for p in weights), dtype=torch.uint8).fill_(0)
+    start = time.perf_counter()
+    for weight in weights:
+        out[: weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
+    seconds = time.perf_counter() - start
+    return seconds * sum(p.nbytes for p in model.parameters()) / sum(w.nbytes for w in weights)
 
 
 def main() -> int:
