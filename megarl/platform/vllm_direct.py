@@ -127,6 +127,18 @@ class PlainExperts(Layer):
     def write(self, part: ExpertPart, box: Box, values: Tensor) -> None:
         self._matrix(part)[box].copy_(values)
 
+    def write_experts(self, first: ExpertPart, count: int, values: Tensor) -> None:
+        """All matrices of consecutive experts, downs or each one's gate above its up, from `first` on."""
+        weight = self.module.w2_weight if first.matrix == "down" else self.module.w13_weight
+        out = weight.data[first.index : first.index + count]
+        self._place(values.view(out.shape), out)
+
+    def _place(self, values: Tensor, out: Tensor) -> None:
+        out.copy_(values)
+
+    def is_padded(self, part: ExpertPart) -> bool:
+        return self.shape(part) != tuple(self._matrix(part).shape)
+
     def read(self, part: ExpertPart) -> Tensor:
         rows, width = self.shape(part)
         return self._matrix(part)[:rows, :width]
@@ -142,7 +154,7 @@ class PackedExperts(PlainExperts):
     def write(self, part: ExpertPart, box: Box, values: Tensor) -> None:
         out = self._matrix(part)
         if values.shape == out.shape and values.dtype == out.dtype and values.is_contiguous():
-            return self._pack(values, out)
+            return self._place(values[None], out[None])
         matrix, missing = self.open.pop(part, (None, math.prod(self.shape(part))))
         matrix = torch.zeros_like(out) if matrix is None else matrix
         matrix[box].copy_(values)
@@ -150,10 +162,10 @@ class PackedExperts(PlainExperts):
         if missing:
             self.open[part] = matrix, missing
         else:
-            self._pack(matrix, out)
+            self._place(matrix[None], out[None])
 
-    def _pack(self, matrix: Tensor, out: Tensor) -> None:
-        pack(matrix, out, self.module.quant_method.moe_kernel.fused_experts.isa)
+    def _place(self, values: Tensor, out: Tensor) -> None:
+        pack(values.to(out.dtype), out, self.module.quant_method.moe_kernel.fused_experts.isa)
 
     def read(self, part: ExpertPart) -> Tensor:
         packed, (rows, width) = self._matrix(part), self.shape(part)
@@ -163,9 +175,9 @@ class PackedExperts(PlainExperts):
         return out[:rows, :width]
 
 
-def pack(matrix: Tensor, out: Tensor, isa: str) -> None:
-    """One expert's matrix in the order in which vLLM's CPU kernel reads it."""
-    torch.ops._C.prepack_moe_weight(matrix[None], out[None], isa)
+def pack(matrices: Tensor, out: Tensor, isa: str) -> None:
+    """[experts, rows, width] in the order in which vLLM's CPU kernel reads them."""
+    torch.ops._C.prepack_moe_weight(matrices, out, isa)
 
 
 def _packed_order(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> Tensor:
@@ -175,9 +187,23 @@ def _packed_order(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> Tenso
     for shift in range(0, max(1, int(numbers[-1]).bit_length()), 8):
         digits = (numbers >> shift & 255).to(bits).view(dtype).view(shape)
         out = torch.empty_like(digits)
-        pack(digits, out, isa)
+        pack(digits[None], out[None], isa)
         order |= out.view(bits).reshape(-1).long() << shift
     return order
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where elements `start:end` of a flat tensor go: a box of one part, or with `experts` all of so many experts."""
+
+    layer: Layer
+    names: tuple[str, ...]
+    start: int
+    end: int
+    part: Any
+    box: Box
+    shape: tuple[int, ...]
+    experts: int = 0
 
 
 class Direct:
@@ -189,6 +215,7 @@ class Direct:
     def __init__(self, layers: list[Layer], hosted: dict[str, Box], names: frozenset[str]) -> None:
         self.layers, self.hosted, self.names = layers, hosted, names
         self.places = {name: layer for layer in layers for name in layer.parts}
+        self.sizes = {name: math.prod(layer.shape(layer.parts[name])) for name, layer in self.places.items()}
         self._missing: dict[str, int] = {}  # elements, of the tensors of layers that were given some
         self._incomplete: dict[Layer, int] = {}  # tensors, of layers that were given some
 
@@ -209,14 +236,63 @@ class Direct:
 
     def write(self, name: str, box: Box, values: Tensor) -> None:
         """Replace a box of what is hosted of a tensor. Raises ValueError for a tensor that is not."""
-        layer = self.places.get(name)
-        if layer is None:
-            raise ValueError(f"the engine's model has no {name}")
-        if name not in self._missing:
-            self._missing |= {other: math.prod(layer.shape(part)) for other, part in layer.parts.items()}
-            self._incomplete[layer] = len(layer.parts)
+        layer = self._layer(name)
         layer.write(layer.parts[name], box, values)
-        self._missing[name] -= values.numel()
+        self._written(layer, name, values.numel())
+
+    def write_stretches(self, stretches: list[Stretch], values: Tensor) -> None:
+        """Replace what the `stretches` of these values say."""
+        for one in stretches:
+            here = values if len(stretches) == 1 else values[one.start : one.end]
+            if one.experts:
+                one.layer.write_experts(one.part, one.experts, here)
+            else:
+                one.layer.write(one.part, one.box, here.view(one.shape))
+            for name in one.names:
+                self._written(one.layer, name, (one.end - one.start) // len(one.names))
+
+    def stretches(self, parts: list[tuple[str, Box, tuple[int, ...]]]) -> list[Stretch]:
+        """How to write values that come one after another: (Hugging Face name, box of what is hosted, its shape) each.
+
+        Raises ValueError for a tensor that is not hosted.
+        """
+        out: list[Stretch] = []
+        at = index = 0
+        while index < len(parts):
+            name, box, shape = parts[index]
+            layer, part = self._layer(name), self.places[name].parts[name]
+            taken = self._whole_experts(layer, parts[index:])
+            names = tuple(name for name, _, _ in parts[index : index + (taken or 1)])
+            end = at + sum(math.prod(size) for _, _, size in parts[index : index + len(names)])
+            experts = taken // (1 if taken and part.matrix == "down" else 2)
+            out.append(Stretch(layer, names, at, end, part, box, shape, experts))
+            at, index = end, index + len(names)
+        return out
+
+    def _whole_experts(self, layer: Layer, parts: list[tuple[str, Box, tuple[int, ...]]]) -> int:
+        """How many of the first parts are all matrices of consecutive experts, as they lie in the layer; 0: none."""
+        if not isinstance(layer, PlainExperts):
+            return 0
+        first, count = layer.parts[parts[0][0]], 0
+        kinds = ("down",) if first.matrix == "down" else ("gate", "up")
+        for number, (name, _, shape) in enumerate(parts):
+            part = layer.parts.get(name)
+            expected = ExpertPart(first.index + number // len(kinds), kinds[number % len(kinds)])
+            if part != expected or shape != layer.shape(part) or layer.is_padded(part):
+                break
+            count = number + 1
+        return count // len(kinds) * len(kinds)
+
+    def _layer(self, name: str) -> Layer:
+        if name not in self.places:
+            raise ValueError(f"the engine's model has no {name}")
+        return self.places[name]
+
+    def _written(self, layer: Layer, name: str, count: int) -> None:
+        if name not in self._missing:
+            self._missing |= {other: self.sizes[other] for other in layer.parts}
+            self._incomplete[layer] = len(layer.parts)
+        self._missing[name] -= count
         if not self._missing[name]:
             self._incomplete[layer] -= 1
             if not self._incomplete[layer]:
@@ -375,8 +451,8 @@ def packs_by_matrix(isa: str, dtype: torch.dtype) -> bool:
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
     both = torch.arange(128 * 64, dtype=bits).view(dtype).view(128, 64)
     whole, halves = torch.empty_like(both), torch.empty_like(both)
-    pack(both, whole, isa)
+    pack(both[None], whole[None], isa)
     for source, target in zip(both.chunk(2), halves.chunk(2), strict=True):
-        pack(source, target, isa)
+        pack(source[None], target[None], isa)
     found, numbers = whole.view(bits).flatten(), both.view(bits).flatten()
     return torch.equal(found, halves.view(bits).flatten()) and torch.equal(found.sort().values, numbers)

@@ -53,9 +53,9 @@ def _sent(sync: WeightSync, chunks: list[nn.Module]) -> dict[int, dict[str, int]
     out: dict[int, dict[str, int]] = {}
     for block in sync.exchange.schedule:
         own = {sync.mesh.rank: block.incoming.get(sync.mesh.rank, [])}
-        for receiver, pieces in (block.outgoing | own).items():
+        for receiver, runs in (block.outgoing | own).items():
             sums = out.setdefault(receiver, {})
-            for piece in pieces:
+            for piece in (piece for run in runs for piece in run.pieces):
                 name = piece.entry.hf_name
                 sums[name] = (sums.get(name, 0) + _of_piece(piece, held)) & MASK
     return out

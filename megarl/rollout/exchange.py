@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl import platform
-from megarl.rollout.sync_plan import Exchanged, Piece, SyncPlan, message_bytes
+from megarl.rollout.sync_plan import Exchanged, Piece, Run, SyncPlan, message_bytes
 
 if TYPE_CHECKING:
     from megarl.parallel import Mesh
 
-Moved = list[tuple[Piece, Tensor]]
+Moved = list[tuple[Run, Tensor]]  # values: one dimension for a stretch, the piece's shape otherwise
 TOPICS = ("ready", "read")  # where in the sender's window a message lies; that the receiver is done with it
 TIMEOUT = 600.0  # seconds that a neighbour may be late
 ALIGNMENT = 64  # bytes, of messages in a window
@@ -59,8 +60,8 @@ class Exchange:
         self._settle(0), self._settle(1)
 
     def _window_bytes(self, block: Exchanged) -> int:
-        distinct = {self._same(receiver): pieces for receiver, pieces in block.outgoing.items()}
-        return sum(_aligned(message_bytes(pieces)) for pieces in distinct.values())
+        distinct = {self._same(receiver): runs for receiver, runs in block.outgoing.items()}
+        return sum(_aligned(message_bytes(runs)) for runs in distinct.values())
 
     def _same(self, receiver: int) -> int:
         """Receivers with the same number host the same and get the same buffer."""
@@ -82,9 +83,9 @@ class Exchange:
         self._settle(half)
         operations = self._send(block, held, half)
         sends, buffers = len(operations), {}
-        for sender, pieces in block.incoming.items():
+        for sender, runs in block.incoming.items():
             if sender != self.mesh.rank and sender not in self.shared:
-                buffers[sender] = _empty(message_bytes(pieces))
+                buffers[sender] = _empty(message_bytes(runs))
                 operations.append(self._operation(dist.irecv, buffers[sender], sender))
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) < len(operations):  # NCCL makes one of all
@@ -95,13 +96,14 @@ class Exchange:
     def _send(self, block: Exchanged, held: dict[str, Tensor], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
-        for receiver, pieces in block.outgoing.items():
-            shared, size = receiver in self.shared, message_bytes(pieces)
+        for receiver, runs in block.outgoing.items():
+            shared, size = receiver in self.shared, message_bytes(runs)
             key = self._same(receiver), shared
             if key not in packed:
                 buffer = self.shared.windows[self.mesh.rank][at : at + size] if shared else _empty(size)
-                for place, values in _runs(pieces, _places(pieces, buffer), held):
-                    place.copy_(values)
+                for run, place in zip(runs, _places(runs, buffer), strict=True):
+                    values = _values(run, held)
+                    place.view(values.shape).copy_(values)
                 packed[key] = at if shared else buffer
                 at += _aligned(size) if shared else 0
             if shared:
@@ -116,8 +118,8 @@ class Exchange:
 
     def _collect(self, block: Exchanged, held: dict[str, Tensor], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
-        moved = [(piece, _values(piece, held)) for piece in block.incoming.get(self.mesh.rank, [])]
-        for sender, pieces in block.incoming.items():
+        moved = [(run, _values(run, held)) for run in block.incoming.get(self.mesh.rank, [])]
+        for sender, runs in block.incoming.items():
             if sender == self.mesh.rank:
                 continue
             if sender in self.shared:
@@ -125,7 +127,7 @@ class Exchange:
             else:
                 works[sender].work.wait()
                 buffer = works[sender].buffer
-            moved += zip(pieces, _places(pieces, buffer), strict=True)
+            moved += zip(runs, _places(runs, buffer), strict=True)
         return moved
 
     def _confirm(self, block: Exchanged) -> None:
@@ -150,46 +152,26 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _values(piece: Piece, held: dict[str, Tensor]) -> Tensor:
-    return held[piece.entry.source][piece.local]
+def _values(run: Run, held: dict[str, Tensor]) -> Tensor:
+    parameter = held[run.first.entry.source]
+    if run.start is None:
+        return parameter[run.first.local]
+    return parameter.view(-1)[run.start : run.start + run.count]
 
 
-def _runs(pieces: list[Piece], places: Iterator[Tensor], held: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(place, values) of the pieces; neighbours in both the message and memory as one, since large copies are faster."""
-    run: list[tuple[Tensor, Tensor]] = []
-    for piece, place in zip(pieces, places, strict=True):
-        values = _values(piece, held)
-        if run and not (_follows(run[-1][0], place) and _follows(run[-1][1], values)):
-            yield _joined(run)
-            run = []
-        run.append((place, values))
-    if run:
-        yield _joined(run)
-
-
-def _follows(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.dtype == other.dtype
-        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-        and one.data_ptr() + one.nbytes == other.data_ptr()
-        and one.is_contiguous()
-        and other.is_contiguous()
-    )
-
-
-def _joined(run: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(run) == 1:
-        return run[0]
-    count = sum(place.numel() for place, _ in run)
-    return tuple(one.as_strided((count,), (1,), one.storage_offset()) for one in run[0])
-
-
-def _places(pieces: list[Piece], buffer: Tensor) -> Iterator[Tensor]:
-    """Where each piece lies in a message, wide elements first so that all are aligned."""
+def _places(runs: list[Run], buffer: Tensor) -> Iterator[Tensor]:
+    """Where each run lies in a message, wide elements first so that all are aligned."""
     offsets, at = {}, 0
-    for index in sorted(range(len(pieces)), key=lambda i: -pieces[i].entry.item_bytes):
-        offsets[index], at = at, at + pieces[index].bytes
-    for index, piece in enumerate(pieces):
-        raw = buffer[offsets[index] : offsets[index] + piece.bytes]
-        yield raw.view(getattr(torch, piece.entry.dtype)).view(piece.shape)
+    for index in sorted(range(len(runs)), key=lambda i: -runs[i].first.entry.item_bytes):
+        offsets[index], at = at, at + runs[index].bytes
+    for index, run in enumerate(runs):
+        yield buffer[offsets[index] : offsets[index] + run.bytes].view(getattr(torch, run.first.entry.dtype))
 
+
+def pieces_of(run: Run, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """The pieces of a run, each with its values in its shape."""
+    at, flat = 0, values.reshape(-1) if len(run.pieces) > 1 else values
+    for piece in run.pieces:
+        size = math.prod(piece.shape)
+        yield piece, flat[at : at + size].view(piece.shape) if len(run.pieces) > 1 else values.view(piece.shape)
+        at += size

@@ -238,8 +238,28 @@ class SyncPlan:
     @functools.cache  # noqa: B019 - asked for by each rank for itself
     def schedule(self, rank: int) -> list[Exchanged]:
         """What a rank sends and gets, block by block."""
-        blocks = range(len(self.blocks))
-        return [Exchanged(self.incoming(block, rank), self.outgoing(block, rank)) for block in blocks]
+        out = []
+        for block in range(len(self.blocks)):
+            incoming = {sender: self._runs(pieces, sender) for sender, pieces in self.incoming(block, rank).items()}
+            outgoing = {other: self._runs(pieces, rank) for other, pieces in self.outgoing(block, rank).items()}
+            out.append(Exchanged(incoming, outgoing))
+        return out
+
+    def _runs(self, pieces: list[Piece], sender: int) -> list[Run]:
+        """The pieces in order; neighbours in the sender's parameter together."""
+        shapes, runs = self._held(sender), []
+        for piece in pieces:
+            start = _start(shapes[piece.entry.source], piece.local)
+            last = runs[-1] if runs else None
+            if last is not None and start is not None and last.end == (piece.entry.source, piece.entry.dtype, start):
+                last.pieces.append(piece)
+            else:
+                runs.append(Run([piece], start))
+        return runs
+
+    @functools.cache  # noqa: B019 - the ranks that one gets something from
+    def _held(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return self.held(rank)
 
     def _pieces(
         self, rule: Rule, entries: dict[str, SyncEntry], shard: Shard, hosted: dict[str, Box]
@@ -307,12 +327,55 @@ class SyncPlan:
 class Exchanged:
     """One rank's part in one block: pieces by sender (itself included) and by receiver."""
 
-    incoming: dict[int, list[Piece]]
-    outgoing: dict[int, list[Piece]]
+    incoming: dict[int, list[Run]]
+    outgoing: dict[int, list[Run]]
 
 
-def message_bytes(pieces: list[Piece]) -> int:
+@dataclass(eq=False)
+class Run:
+    """Pieces that lie one after another in the sender's parameter: one stretch of elements from `start` on.
+
+    `start` is none for a piece that is no such stretch.
+    """
+
+    pieces: list[Piece]
+    start: int | None
+
+    @property
+    def first(self) -> Piece:
+        return self.pieces[0]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        return message_bytes(self.pieces)
+
+    @property
+    def count(self) -> int:
+        return self.bytes // self.first.entry.item_bytes
+
+    @property
+    def end(self) -> tuple[str, str, int | None]:
+        """What a piece that goes on with this run has for source, precision and start."""
+        size = sum(math.prod(piece.shape) for piece in self.pieces)
+        return self.first.entry.source, self.first.entry.dtype, None if self.start is None else self.start + size
+
+
+def message_bytes(pieces: Iterable[Piece | Run]) -> int:
     return sum(piece.bytes for piece in pieces)
+
+
+def _start(shape: tuple[int, ...], index: Index) -> int | None:
+    """The first element of a part of a contiguous tensor, if the part is one stretch of it."""
+    bounds = [(i, i + 1) if isinstance(i, int) else (i.start, i.stop) for i in index]
+    bounds += [(0, size) for size in shape[len(bounds) :]]
+    start, whole = 0, True  # whole: everything behind this dimension is taken
+    for size, (low, _) in zip(shape, bounds, strict=True):
+        start = start * size + low
+    for size, (low, high) in zip(reversed(shape), reversed(bounds), strict=True):
+        if not whole and high - low > 1:
+            return None
+        whole = whole and (low, high) == (0, size)
+    return start
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from megarl.config.schema import Rollout
 from megarl.convert import family, read_spec
 from megarl.errors import BadInput, RunFailed
 from megarl.platform import vllm_patches
-from megarl.platform.vllm_direct import Direct, take_on
+from megarl.platform.vllm_direct import Direct, Stretch, take_on
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.exchange import Moved
+from megarl.rollout.sync_plan import Run
 from megarl.types import Prompt, PromptGroup, Trajectory
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class VLLMEngine:
         vllm_patches.after_start(self._runner)
         self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
         self._direct, self.reload_reason = self._take_on(mesh)
+        self._stretches: dict[Run, list[Stretch]] = {}  # where the runs of a plan go
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)
@@ -277,11 +279,12 @@ class VLLMEngine:
 
         Raises RunFailed when a piece has no place here or something stays without new weights.
         """
-        order = {name: number for number, name in enumerate(self._direct.hosted)}
         with self._new_weights(policy_version), self._direct.loading(everything=True):
-            for block in blocks:
-                for piece, values in sorted(block, key=lambda item: order.get(item[0].entry.hf_name, -1)):
-                    self._direct.write(piece.entry.hf_name, piece.target, values)
+            for run, values in (pair for block in blocks for pair in block):
+                if run not in self._stretches:
+                    parts = [(piece.entry.hf_name, piece.target, piece.shape) for piece in run.pieces]
+                    self._stretches[run] = self._direct.stretches(parts)
+                self._direct.write_stretches(self._stretches[run], values)
 
     @contextlib.contextmanager
     def _new_weights(self, policy_version: int) -> Iterator[None]:

@@ -24,8 +24,8 @@ from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 from megarl.rollout.checksums import differing_tensors
 from megarl.rollout.engine_weights import WeightGap, compare_weights
-from megarl.rollout.exchange import Exchange, Moved
-from megarl.rollout.sync_plan import LearnerLayout, SyncPlan, Traffic
+from megarl.rollout.exchange import Exchange, pieces_of
+from megarl.rollout.sync_plan import LearnerLayout, Piece, SyncPlan, Traffic
 
 if TYPE_CHECKING:
     from megarl.parallel import Mesh
@@ -106,8 +106,8 @@ class WeightSync:
     def _full_tensors(self, held: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor whole, in order, from a plan of whole tensors."""
         for block, moved in zip(self.plan.blocks, self.exchange.blocks(held, ahead=False), strict=True):
-            parts: dict[str, Moved] = {}
-            for piece, values in moved:
+            parts: dict[str, list[tuple[Piece, Tensor]]] = {}
+            for piece, values in (item for pair in moved for item in pieces_of(*pair)):
                 parts.setdefault(piece.entry.hf_name, []).append((piece, values))
             for name in (name for _, entries in block for name in entries):
                 yield name, _joined(parts.pop(name))
@@ -118,7 +118,7 @@ class WeightSync:
         return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, self.plan.spec, self.mesh))
 
 
-def _joined(pieces: Moved) -> Tensor:
+def _joined(pieces: list[tuple[Piece, Tensor]]) -> Tensor:
     (first, values), dtype = pieces[0], getattr(torch, pieces[0][0].entry.dtype)
     if len(pieces) == 1:
         return values.to(dtype)

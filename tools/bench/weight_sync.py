@@ -68,7 +68,7 @@ def on_rank(model: str, learner: str, rounds: int) -> None:
     first = time.perf_counter() - first
     synced, copied = seconds(rounds)
     peak = platform.device_memory()["peak_rss"]
-    with patch.multiple("megarl.platform.vllm_direct", pack=lambda matrix, out, isa: out.copy_(matrix)), patch.multiple(
+    with patch.multiple("megarl.platform.vllm_direct", pack=lambda new, out, isa: out.copy_(new)), patch.multiple(
         "megarl.platform.vllm_direct.PackedLinear", finish=lambda layer: None
     ):
         unpacked, _ = seconds(rounds)
