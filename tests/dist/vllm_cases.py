@@ -34,7 +34,7 @@ def make_checkpoint(path: str, family: str = "qwen3_moe", **changes: Any) -> str
     generate_checkpoint(
         path,
         Generate(
-            family=family, context=CONTEXT, init_std=0.15, tokenizer=Tokenizer(vocab_size=VOCAB), **SHAPE, **changes
+            family=family, context=CONTEXT, init_std=0.15, tokenizer=Tokenizer(vocab_size=VOCAB), **(SHAPE | changes)
         ),
     )
     file = Path(path) / "model.safetensors"
@@ -180,7 +180,8 @@ def patches(path: str) -> dict:
         "unpatched": unpatched,
         "patched": patched,
         "direct": direct,
-        "places": sorted(engine._direct) == sorted(weights),
+        "places": sorted(engine._direct.places) == sorted(weights),
+        "unknown": _unknown(engine),
         "refusals": [_refusal(engine, tensors) for tensors in _bad_streams(weights)],
         "norms": _norms(),
         "partly": partly,
@@ -207,11 +208,17 @@ def _process_state() -> dict:
 
 
 def sync(
-    path: str, dtype: str = "float32", learner: str | None = None, rollout: dict[str, Any] = {}, **degrees
+    path: str,
+    dtype: str = "float32",
+    learner: str | None = None,
+    rollout: dict[str, Any] = {},
+    ways: bool = False,
+    **degrees,
 ) -> dict:
     """Syncs a learner into an engine started without weights, whole and then broken in several ways.
 
-    `dtype` is the engine's, and the learner's unless that is given.
+    `dtype` is the engine's, and the learner's unless that is given. `ways`: also without shared memory, by vLLM's own
+    reload, and with a stale prefix cache and other faults on the way.
     """
     platform.setup()
     from megarl.learner.policy import Policy
@@ -231,24 +238,37 @@ def sync(
         return weight_sync.stream(policy.modules)
 
     def check() -> list[float] | str:
+        engine.reset_prefix_cache()  # what an earlier check left
         try:
             gap = check_sync(weight_sync, policy.modules, probes, expected, default_threshold(learner, dtype))
         except RunFailed as error:
             return str(error)
         return [gap.mean, gap.max]
 
+    def sums() -> str:
+        try:
+            check_checksums(weight_sync, policy.modules)
+        except RunFailed as error:
+            return str(error)
+        return "equal"
+
     out: dict[str, Any] = {"unsynced": check()}
     with _LiveBytes() as live:
         report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": plan.bytes, "traffic": asdict(report.traffic), "reload": engine.reload_reason}
     out |= {"version": engine.policy_version, "synced": check()}
-    out |= {"peak_copies": live.peak + live.window, "largest_layer": plan.largest_layer_bytes}
+    window = weight_sync.exchange.shared.windows[mesh.rank].nbytes
+    out |= {"peak_copies": live.peak + window, "largest_layer": plan.largest_layer_bytes}
+    out["sums"] = {"synced": sums()}
     for name, broken in BROKEN.items():
         weights = {name: tensor.clone() for name, tensor in stream()}
         engine.load_weights(broken(weights).items(), 6)
         out[name] = check()
+        out["sums"][name] = sums()
         engine.load_weights(stream(), 7)
     out["mended"] = check()
+    if ways:
+        out |= _other_ways(weight_sync, policy, parallel, check)
     exact = expected
     expected = [values + (np.arange(len(values)) > len(values) - 4) for values in exact]
     out["few_tokens"] = check()
@@ -268,9 +288,101 @@ def sync(
     return out
 
 
+def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -> dict:
+    """The same sync over other paths, each into an engine with wrong weights; and syncs that go wrong on the way."""
+    from megarl.platform.shared_memory import SharedWindows
+    from megarl.platform.vllm_direct import Direct
+    from megarl.rollout import exchange
+    from megarl.rollout.weight_sync import WeightSync, check_prefix_cache
+
+    engine, mesh, out = weight_sync.engine, weight_sync.mesh, {}
+
+    def attempt(action: Any) -> str:
+        try:
+            action()
+        except RunFailed as error:
+            return str(error)
+        return "accepted"
+
+    def spoil() -> None:
+        engine.load_weights(((name, t * 1.1) for name, t in weight_sync.stream(policy.modules)), 0)
+
+    plain_windows = exchange.platform.shared_windows
+    exchange.platform.shared_windows = lambda *arguments: SharedWindows({}, {}, 1.0)
+    for name, reason in (("messages", None), ("reload", "it is asked for")):
+        spoil()
+        engine.reload_reason, direct = reason, engine._direct
+        engine._direct = None if reason else direct
+        other = WeightSync(policy.spec, parallel, mesh, engine)
+        with _LiveBytes() as live:
+            report = other.run(policy.modules, 1)
+        out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
+        engine.reload_reason, engine._direct = None, direct
+        exchange.platform.shared_windows = plain_windows
+    weight_sync.run(policy.modules, 2)
+    engine.generate(prompts(2, 40), _sampling(), 1)
+    out["stale_cache"] = attempt(lambda: check_prefix_cache(engine, mesh))
+    engine.reset_prefix_cache()
+    plain, skipped = Direct.write_stretches, "model.layers.1.self_attn.q_norm.weight"
+    Direct.write_stretches = lambda self, stretches, values: (
+        None if stretches[0].names == (skipped,) else plain(self, stretches, values)
+    )
+    out["skipped"] = attempt(lambda: weight_sync.run(policy.modules, 3))
+    Direct.write_stretches = plain
+    chunk = policy.modules[-1]
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    norm = chunk.decoder.final_layernorm
+    norm.extra = torch.nn.Parameter(torch.zeros(2))
+    out["unexpected"] = attempt(lambda: weight_sync.run(policy.modules, 4))
+    del norm.extra
+    norm.weight, kept = torch.nn.Parameter(torch.ones(3)), norm.weight
+    out["misshapen"] = attempt(lambda: weight_sync.run(policy.modules, 4))
+    norm.weight = kept
+    return out
+
+
+def _sampling() -> Any:
+    from megarl.rollout.engine import Sampling
+
+    return Sampling(1, 2, 1.0)
+
+
 def _bad_streams(weights: dict) -> list[dict]:
     query = "model.layers.0.self_attn.q_proj.weight"
     return [{"model.layers.0.bias": weights[query]}, {query: weights[query][1:]}, {query: weights[query]}]
+
+
+def _unknown(engine) -> dict:
+    """Why a model with one thing that nothing is known of is not written into."""
+    from megarl.platform import vllm_direct
+
+    model, direct = engine.model, engine._direct
+
+    def reason() -> str:
+        found = vllm_direct.take_on(model, direct.hosted, direct.names)
+        return found if isinstance(found, str) else "taken on"
+
+    out = {"nothing": reason()}
+    attention, experts = model.model.layers[0].self_attn, model.model.layers[1].mlp.experts.routed_experts
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+    out["parameter"] = reason()
+    del attention.sinks
+    kernel = experts.quant_method.moe_kernel
+    experts.quant_method.moe_kernel = None
+    out["kernel"] = reason()
+    experts.quant_method.moe_kernel = kernel
+    plain = vllm_direct.pack
+    vllm_direct.packs_by_matrix.cache_clear()
+    vllm_direct.pack = lambda new, to, isa: to.copy_(new.flip(1))
+    out["packing"] = reason()
+    vllm_direct.packs_by_matrix.cache_clear()
+    vllm_direct.pack = lambda *arguments: torch.ops._C.no_such_operator(*arguments)
+    out["operator"] = reason()
+    vllm_direct.pack = plain
+    vllm_direct.packs_by_matrix.cache_clear()
+    out["mapping"] = vllm_direct.take_on(model, direct.hosted | {"model.other.weight": (slice(0, 1),)}, direct.names)
+    return out
 
 
 def _refusal(engine, tensors: dict) -> str:
@@ -326,8 +438,9 @@ def sync_twice(path: str, **degrees) -> dict:
         for chunk in policy.modules:
             for parameter in chunk.parameters():
                 parameter.data.mul_(1.05)
+    engine.reload_reason, engine._direct = "it is asked for", None
     vllm_patches._pack_tied_output = lambda model: None
-    weight_sync.run(policy.modules, 0)
+    WeightSync(policy.spec, parallel, mesh, engine).run(policy.modules, 0)
     return out | {"unpatched": compare()}
 
 
@@ -344,6 +457,25 @@ def _swap_down(weights: dict) -> dict:
     return weights
 
 
+def _swap_halves(weights: dict) -> dict:
+    """Gate and up of one expert."""
+    a, b = (f"model.layers.0.mlp.experts.4.{matrix}.weight" for matrix in ("gate_proj", "up_proj"))
+    weights[a], weights[b] = weights[b], weights[a]
+    return weights
+
+
+def _transpose(weights: dict) -> dict:
+    """One expert's matrix, if it is square."""
+    name = "model.layers.3.mlp.experts.1.down_proj.weight"
+    weights[name] = weights[name].T.contiguous() if len(set(weights[name].shape)) == 1 else weights[name]
+    return weights
+
+
+def _change_norm(weights: dict) -> dict:
+    weights["model.layers.2.post_attention_layernorm.weight"] *= 1.1
+    return weights
+
+
 def _skip_layer(weights: dict) -> dict:
     """The engine keeps what it had: random weights, loaded first."""
     return {
@@ -356,25 +488,23 @@ def _scale_values(weights: dict) -> dict:
     return weights
 
 
-BROKEN = {"swapped": _swap_experts, "swapped_down": _swap_down, "layer": _skip_layer, "values": _scale_values}
+BROKEN = {
+    "swapped": _swap_experts,
+    "swapped_down": _swap_down,
+    "halves": _swap_halves,
+    "transposed": _transpose,
+    "norm": _change_norm,
+    "layer": _skip_layer,
+    "values": _scale_values,
+}
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Most bytes that tensors made inside the block took up at once, and the window that a sync's messages lie in."""
+    """Most bytes that tensors made inside the block took up at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        from megarl.rollout import exchange
-
         self.peak, self.refs = 0, {}
-        plain = exchange.platform.shared_windows
-
-        def shared_windows(size, *arguments):
-            self.window = size
-            return plain(size, *arguments)
-
-        exchange.platform.shared_windows = shared_windows
-        self.window = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {self._storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}

@@ -34,23 +34,24 @@ def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
     platform.setup()
     from megarl.config import load_config
     from megarl.errors import RunFailed
-    from megarl.rollout import weight_sync
+    from megarl.platform.vllm_direct import Direct
     from megarl.trainers import rl
 
-    def swapped(_plan, stream):
-        for name, tensor in stream:
-            if "layers.1.mlp.experts.2." in name:
-                name = name.replace("experts.2.", "experts.5.")
-            elif "layers.1.mlp.experts.5." in name:
-                name = name.replace("experts.5.", "experts.2.")
-            yield name, tensor
+    plain_stretches, plain_write = Direct.stretches, Direct.write_stretches
+    two, five = (f"layers.1.mlp.experts.{e}." for e in (2, 5))
 
-    def skipped(_plan, stream):
-        for name, tensor in stream:
-            yield name, tensor * 0.5 if "layers.0.self_attn.o_proj" in name else tensor
+    def swapped(self, parts):
+        other = lambda name: name.replace(two, five) if two in name else name.replace(five, two)  # noqa: E731
+        return plain_stretches(self, [(other(name), *rest) for name, *rest in parts])
 
-    # in the place of the first guard, so that the comparison of log-probs has to notice
-    weight_sync.SyncPlan.follow = skipped if layer_skipped else swapped
+    def skipped(self, stretches, values):
+        halved = any("layers.0.self_attn.o_proj" in name for one in stretches for name in one.names)
+        plain_write(self, stretches, values * 0.5 if halved else values)
+
+    if layer_skipped:
+        Direct.write_stretches = skipped
+    else:
+        Direct.stretches = swapped
     try:
         rl.run(load_config(config))
     except RunFailed as error:
