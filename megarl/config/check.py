@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
-FAMILIES = ("qwen3_moe", "qwen3")
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
@@ -97,16 +97,16 @@ def _read_config_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise BadInput(f"{file}: not readable as JSON ({str(e).splitlines()[0]}); restore the checkpoint") from None
     family = found.get("model_type") if isinstance(found, dict) else None
-    if family not in FAMILIES:
-        raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(FAMILIES)}")
-    if "num_local_experts" in found:  # what transformers 5 writes
-        found.setdefault("num_experts", found["num_local_experts"])
+    if family not in families.FAMILIES:
+        raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(families.FAMILIES)}")
+    found = families.normalised(found)
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
-    needed += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if family == "qwen3_moe" else []
+    needed += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if families.is_moe(found) else []
     for key in needed:
         if not isinstance(found.get(key), int) or found[key] <= 0:
             raise BadInput(f"{file}: {key} = {found.get(key)!r}; restore the file, it must be a positive integer")
-    found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    if found.get("num_key_value_heads") is None:
+        found["num_key_value_heads"] = found["num_attention_heads"]
     return found
 
 
@@ -234,7 +234,7 @@ def _check_shape(config: Config, shape: Mapping[str, Any], require: Command | No
         raise BadInput(
             f"model.generate.head_dim = {config.model.generate.head_dim}: rotary embedding needs an even width"
         )
-    if shape["model_type"] == "qwen3_moe":
+    if families.is_moe(shape):
         if shape["num_experts_per_tok"] > shape["num_experts"]:
             raise BadInput(
                 f"model: {shape['num_experts_per_tok']} experts per token of {shape['num_experts']}; lower top_k"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megarl.config import families
 from megarl.config.schema import Config, Parallel
 from megarl.errors import BadInput
 
@@ -41,13 +42,11 @@ class Shape:
 
     @property
     def is_moe(self) -> bool:
-        return self.config["model_type"] == "qwen3_moe"
+        return families.is_moe(self.config)
 
     @property
     def has_dense_mlp(self) -> bool:
-        return not self.is_moe or bool(
-            self.config.get("mlp_only_layers") or self.config.get("decoder_sparse_step", 1) != 1
-        )
+        return families.has_dense_mlp(self.config)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,8 @@ def _learner(p: Parallel, shape: Shape) -> Iterator[Misfit]:
     """The degrees divide what they split; a dense MLP is whole on every expert-parallel rank."""
     found = shape.config
     yield from _divides("parallel.tp", p.tp, "attention heads", found["num_attention_heads"], shape)
-    yield from _divides("parallel.tp", p.tp, "key/value heads", found["num_key_value_heads"], shape)
+    if p.tp % found["num_key_value_heads"]:  # otherwise each of them is on several ranks
+        yield from _divides("parallel.tp", p.tp, "key/value heads", found["num_key_value_heads"], shape)
     yield from _stages(p, found["num_hidden_layers"], shape.whose)
     if shape.is_moe:
         yield from _divides("parallel.ep", p.ep, "experts", found["num_experts"], shape)

@@ -30,6 +30,7 @@ class Family:
     read_extra: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda config, where: {}
     write_extra: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     extra_keys: tuple[str, ...] = ()
+    rope_theta: float = 10_000.0  # when config.json has none
     interleaved_rope: bool = False
     partial_rope: bool = False  # whether partial_rotary_factor counts
     # how the names of tensors begin that the learner has no use for and an export writes back
@@ -56,7 +57,8 @@ class Family:
         fields = {key.field: key.read(config, where) for key in self.keys}
         fields |= {"family": self.model_type, "head": head, **self.same, **self.read_extra(config, where)}
         rotated = fields.get("rope_head_dim") or fields["head_dim"]
-        spec = ModelSpec(**fields, rope=read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope))
+        rope = read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope, self.rope_theta)
+        spec = ModelSpec(**fields, rope=rope)
         if spec.num_heads % spec.num_kv_heads:
             raise BadInput(
                 f"{where}: num_attention_heads={spec.num_heads} must be a multiple of "

@@ -55,6 +55,8 @@ HARMLESS = frozenset(
         "output_router_logits",
         "router_aux_loss_coef",
         "max_window_layers",
+        "pretraining_tp",
+        "router_jitter_noise",
     ]
 )
 
@@ -108,11 +110,16 @@ ROPE_KEYS = {  # of rope_parameters (transformers 5) or rope_scaling (4), by the
 
 
 def read_rope(
-    config: Mapping[str, Any], head_dim: int, where: str, interleaved: bool = False, partial: bool = False
+    config: Mapping[str, Any],
+    head_dim: int,
+    where: str,
+    interleaved: bool = False,
+    partial: bool = False,
+    theta: float = 10_000.0,
 ) -> Rope:
     """The rotary positions of heads of `head_dim`, in transformers 5 form (`rope_parameters`) or 4 form.
 
-    theta is 10000 when absent, as in transformers. `partial`: whether the family heeds partial_rotary_factor, which the
+    `theta`: the base when config.json has none. `partial`: whether the family heeds partial_rotary_factor, which the
     others ignore. Raises BadInput for what is not implemented.
     """
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -122,14 +129,19 @@ def read_rope(
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise BadInput(f"{where}: {name} has rope_type={kind!r}; only default, linear, llama3 and yarn are supported")
     both = {"rope_theta": given.pop("rope_theta", None), "rope_theta_v4": config.get("rope_theta")}
-    theta = Key("rope_theta", "rope_theta", float, 10_000.0, ("rope_theta_v4",)).read(both, where)
-    both = {"partial_rotary_factor": given.pop("partial_rotary_factor", None), "v4": config.get("partial_rotary_factor")}
+    theta = Key("rope_theta", "rope_theta", float, theta, ("rope_theta_v4",)).read(both, where)
+    both = {
+        "partial_rotary_factor": given.pop("partial_rotary_factor", None),
+        "v4": config.get("partial_rotary_factor"),
+    }
     part = Key("part", "partial_rotary_factor", float, 1.0, ("v4",)).read(both, where)
     if part != 1 and not partial:
         raise BadInput(f"{where}: partial_rotary_factor={part} is not supported for this model_type; it must be 1")
     for key in given:
         if kind not in ROPE_KEYS.get(key, ()):
-            raise BadInput(f"{where}: {name} has {key}={given[key]!r}, which rope_type={kind!r} does not know; remove it")
+            raise BadInput(
+                f"{where}: {name} has {key}={given[key]!r}, which rope_type={kind!r} does not know; remove it"
+            )
     context = given.pop("original_max_position_embeddings", None) or config["max_position_embeddings"]
     fields = {key: checked(key, value, bool if key == "truncate" else float, where) for key, value in given.items()}
     if kind != "default":

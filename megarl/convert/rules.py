@@ -5,7 +5,7 @@ they have in common for one rank. Loading copies every region from the file, exp
 directions cannot disagree. Regions only move numbers: no rule computes.
 
 Letters in shapes (`dims`): V vocabulary, H hidden size, Q query heads x head width, K key/value heads x head width,
-D head width, F dense MLP width, E experts, M expert width, 1 one.
+D head width, F dense MLP width, E experts, M expert width, S width of the shared experts, 1 one.
 """
 
 from __future__ import annotations
@@ -200,6 +200,7 @@ def shape(spec: ModelSpec, dims: str) -> tuple[int, ...]:
         "F": spec.intermediate_size,
         "E": spec.num_experts,
         "M": spec.moe_intermediate_size,
+        "S": spec.shared_width,
         "1": 1,
     }
     return tuple(letters[letter] for letter in dims)

@@ -57,6 +57,8 @@ def transformer_config(
             moe_ffn_hidden_size=spec.moe_intermediate_size,
             moe_layer_freq=[int(layer in spec.moe_layers) for layer in range(spec.num_layers)],
             moe_router_pre_softmax=not spec.norm_topk_prob,
+            moe_shared_expert_intermediate_size=spec.shared_width or None,
+            moe_shared_expert_gate=spec.shared_gate,
             moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
             moe_aux_loss_coeff=aux_loss_coef,
             # the router computes at least as precisely as the rest
@@ -130,7 +132,7 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=PackedAttention, params={"norm": RMSNorm if spec.qk_norm == "head" else None}),
+            self_attention=ModuleSpec(module=PackedAttention, params={"spec": spec}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,

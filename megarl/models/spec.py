@@ -94,7 +94,8 @@ class ModelSpec:
         heads = self.num_heads * self.head_dim
         attention = self.hidden_size * (2 * heads + 2 * self.num_kv_heads * self.head_dim)
         dense = self.num_layers - len(self.moe_layers)
-        mlp = dense * self.intermediate_size + len(self.moe_layers) * self.top_k * self.moe_intermediate_size
+        routed = self.top_k * self.moe_intermediate_size + self.shared_width
+        mlp = dense * self.intermediate_size + len(self.moe_layers) * routed
         weights = self.num_layers * attention + 3 * self.hidden_size * mlp + self.hidden_size * self.vocab_size
         return self.num_layers * heads / weights
 

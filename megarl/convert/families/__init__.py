@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from megarl.convert.families.llama import LLAMA
+from megarl.convert.families.mixtral import MIXTRAL
+from megarl.convert.families.olmoe import OLMOE
+from megarl.convert.families.qwen2 import QWEN2, QWEN2_MOE
 from megarl.convert.families.qwen3 import QWEN3
 from megarl.convert.families.qwen3_moe import QWEN3_MOE
 from megarl.convert.family import Family
 from megarl.errors import BadInput
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_MOE, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN3_MOE, QWEN3, QWEN2_MOE, QWEN2, MIXTRAL, OLMOE, LLAMA)
+}
 
 
 def family(model_type: str, where: str = "config.json") -> Family:

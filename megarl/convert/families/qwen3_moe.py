@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.convert.families.qwen3 import ATTENTION, DENSE_MLP, FIXED, KEYS, MODEL
+from megarl.convert.families.parts import DENSE_MLP, FIXED, MODEL, NO_WINDOW, attention, keys, moe_mlp
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
-from megarl.convert.rules import experts, plain
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
 
-MOE_KEYS = tuple(key for key in KEYS if key.field != "head_dim") + (
-    Key("head_dim", "head_dim", default=lambda config: config["hidden_size"] // config["num_attention_heads"]),
+MOE_KEYS = keys(
     Key("num_experts", "num_experts", aliases=("num_local_experts",)),
     Key("top_k", "num_experts_per_tok"),
     Key("moe_intermediate_size", "moe_intermediate_size"),
     Key("norm_topk_prob", "norm_topk_prob", bool, False),
-)
-
-MOE_MLP = (
-    plain("mlp.router.weight", "mlp.gate.weight", "EH"),
-    experts(
-        "mlp.experts.weight1", "mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", dims="MH", split=0
-    ),
-    experts("mlp.experts.weight2", "mlp.experts.{e}.down_proj.weight", dims="HM", split=1),
 )
 
 
@@ -49,10 +39,10 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     keys=MOE_KEYS,
-    fixed=FIXED,
+    fixed=FIXED | NO_WINDOW | {"attention_bias": (False,)},
     model=MODEL,
     same={"qk_norm": "head"},
-    layer=lambda spec, index: ATTENTION + (MOE_MLP if index in spec.moe_layers else DENSE_MLP),
+    layer=lambda spec, index: attention(spec) + (moe_mlp() if index in spec.moe_layers else DENSE_MLP),
     read_extra=read_moe_layers,
     write_extra=write_moe_layers,
     extra_keys=("decoder_sparse_step", "mlp_only_layers"),

@@ -7,14 +7,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megarl import platform
 from megarl.models.packing_params import PackedRow
+from megarl.models.spec import ModelSpec
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,11 +47,40 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
+class HeadsNorm(RMSNorm):
+    """One root-mean-square norm over all heads of a token, of which this rank has `hidden_size / tp` elements."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, tp_group: torch.distributed.ProcessGroup
+    ) -> None:
+        super().__init__(config, hidden_size // tp_group.size(), eps)
+        self.width, self.tp_group = hidden_size, tp_group
+        # every rank sees all tokens here, and has weights of its own
+        self.weight.sequence_parallel = False
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[n, ...]` with `hidden_size / tp` elements a row."""
+        flat = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+        squares = flat.square().sum(dim=1, keepdim=True)
+        if self.tp_group.size() > 1:  # summed over the ranks; its gradient, which all of them have a part in, as well
+            squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
+            squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        out = (flat * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
+        return out.view(x.shape)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The weight as a shard over tp."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
 class PackedAttention(MegatronModule):
-    """Causal grouped-query attention over one packed row, with per-head norms and rotary positions.
+    """Causal grouped-query attention over one packed row, with norms of queries and keys and rotary positions.
 
     Input `[n(/tp), 1, hidden]` (sharded over tp under sequence parallelism), output of the same shape. The fused
-    projection is laid out per key/value group as `[q .. q, k, v]`, as everywhere in Megatron.
+    projection is laid out per key/value group as `[q .. q, k, v]`, as everywhere in Megatron, and cut over tp as plain
+    rows; with more ranks than groups every rank gathers it and takes its query heads and their group's key and value.
     """
 
     def __init__(
@@ -48,42 +88,64 @@ class PackedAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection | None = None,
-        norm: type | None = None,
+        spec: ModelSpec | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
-        tp = config.tensor_model_parallel_size
-        self.groups = config.num_query_groups // tp  # key/value heads on this rank
-        self.queries = config.num_attention_heads // config.num_query_groups  # query heads per key/value head
-        width = (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim
-        common = dict(config=config, bias=False, skip_bias_add=True, init_method=config.init_method)
+        self.tp_group = pg_collection.tp
+        tp, heads, groups = config.tensor_model_parallel_size, config.num_attention_heads, config.num_query_groups
+        self.ranks_per_group = max(1, tp // groups)  # that share a key/value head
+        self.groups = max(1, groups // tp)  # key/value heads on this rank
+        self.queries = heads // groups // self.ranks_per_group  # query heads on this rank per key/value head
+        width = (heads + 2 * groups) * self.head_dim
+        common = dict(config=config, skip_bias_add=True, init_method=config.init_method)
         self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size, width, gather_output=False, tp_group=pg_collection.tp, **common
+            config.hidden_size, width, gather_output=False, tp_group=pg_collection.tp, bias=spec.qkv_bias, **common
         )
         self.linear_proj = RowParallelLinear(
             config.num_attention_heads * self.head_dim,
             config.hidden_size,
             input_is_parallel=True,
             tp_group=pg_collection.tp,
+            bias=spec.output_bias,
             **common,
         )
-        make_norm = (lambda: norm(config, self.head_dim, config.layernorm_epsilon)) if norm else lambda: None
-        self.q_layernorm, self.k_layernorm = make_norm(), make_norm()
+        self.q_layernorm = self.k_layernorm = None
+        if spec.qk_norm == "head":
+            self.q_layernorm, self.k_layernorm = (RMSNorm(config, self.head_dim, spec.norm_eps) for _ in range(2))
+        elif spec.qk_norm == "all":
+            widths = heads * self.head_dim, groups * self.head_dim
+            self.q_layernorm, self.k_layernorm = (
+                HeadsNorm(config, width, spec.norm_eps, pg_collection.tp) for width in widths
+            )
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        qkv, _bias = self.linear_qkv(hidden_states)
-        qkv = qkv.view(-1, self.groups, self.queries + 2, self.head_dim)
-        query, key, value = qkv.split([self.queries, 1, 1], dim=2)
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self._project(hidden_states)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
         query = query.reshape(-1, self.groups * self.queries, self.head_dim)
         out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[n, groups, queries, head_dim]`, and keys and values `[n, groups, 1, head_dim]`, of this rank."""
+        qkv, bias = self.linear_qkv(hidden_states)
+        if bias is not None:
+            qkv = qkv + bias
+        if self.ranks_per_group == 1:
+            qkv = qkv.view(-1, self.groups, self.queries + 2, self.head_dim)
+            return qkv.split([self.queries, 1, 1], dim=2)
+        qkv = all_gather_last_dim_from_tensor_parallel_region(qkv, self.tp_group)
+        group, part = divmod(self.tp_group.rank(), self.ranks_per_group)
+        group_heads = self.ranks_per_group * self.queries
+        qkv = qkv.view(qkv.shape[0], -1, group_heads + 2, self.head_dim)[:, group : group + 1]
+        query, key, value = qkv.split([group_heads, 1, 1], dim=2)
+        return query[:, :, part * self.queries : (part + 1) * self.queries], key, value
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -51,6 +55,10 @@ class MoE(MoELayer):
 
     def __init__(self, config: TransformerConfig) -> None:
         groups = get_default_pg_collection()
-        super().__init__(config, MoESubmodules(experts=GroupedExperts), pg_collection=groups)
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+        super().__init__(
+            config, MoESubmodules(experts=GroupedExperts, shared_experts=shared), pg_collection=groups
+        )
         if groups.ep.size() * groups.expt_tp.size() == 1:
             self.token_dispatcher = LocalDispatcher(config, groups)
