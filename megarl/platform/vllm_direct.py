@@ -247,7 +247,7 @@ class Direct:
             if one.experts:
                 one.layer.write_experts(one.part, one.experts, here)
             else:
-                one.layer.write(one.part, one.box, here.view(one.shape))
+                one.layer.write(one.part, one.box, here.reshape(one.shape))
             for name in one.names:
                 self._written(one.layer, name, (one.end - one.start) // len(one.names))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megarl.convert.load import matched
 from megarl.rollout.engine_shards import Box
+from megarl.rollout.exchange import values_of
 from megarl.rollout.sync_plan import Piece, SyncEntry
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def _sent(sync: WeightSync, chunks: list[nn.Module]) -> dict[int, dict[str, int]
 
 
 def _of_piece(piece: Piece, held: dict[str, Tensor]) -> int:
-    return checksum(held[piece.entry.source][piece.local], piece.entry, piece.box)
+    values = values_of(piece, held[piece.entry.source]).reshape(piece.shape)
+    return checksum(values, piece.entry, piece.box)
 
 
 def checksum(values: Tensor, entry: SyncEntry, box: Box) -> int:

@@ -155,7 +155,7 @@ def _aligned(size: int) -> int:
 def _values(run: Run, held: dict[str, Tensor]) -> Tensor:
     parameter = held[run.first.entry.source]
     if run.start is None:
-        return parameter[run.first.local]
+        return values_of(run.first, parameter)
     return parameter.view(-1)[run.start : run.start + run.count]
 
 
@@ -170,8 +170,17 @@ def _places(runs: list[Run], buffer: Tensor) -> Iterator[Tensor]:
 
 def pieces_of(run: Run, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     """The pieces of a run, each with its values in its shape."""
-    at, flat = 0, values.reshape(-1) if len(run.pieces) > 1 else values
+    if len(run.pieces) == 1:
+        yield run.first, values.reshape(run.first.shape)
+        return
+    at, flat = 0, values.reshape(-1)
     for piece in run.pieces:
         size = math.prod(piece.shape)
-        yield piece, flat[at : at + size].view(piece.shape) if len(run.pieces) > 1 else values.view(piece.shape)
+        yield piece, flat[at : at + size].reshape(piece.shape)
         at += size
+
+
+def values_of(piece: Piece, parameter: Tensor) -> Tensor:
+    """A piece's values as the sender has them."""
+    part = parameter[piece.local]
+    return part if piece.order is None else part.permute(piece.order)

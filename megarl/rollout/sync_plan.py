@@ -130,6 +130,7 @@ class Piece:
     local: Index  # in the sender's shard of `entry.source`
     box: Box  # in the full Hugging Face tensor
     target: Box  # in what the receiver hosts of it
+    order: tuple[int, ...] | None = None  # of the dimensions of `parameter[local]`, which then may be more than the box's
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -249,7 +250,7 @@ class SyncPlan:
         """The pieces in order; neighbours in the sender's parameter together."""
         shapes, runs = self._held(sender), []
         for piece in pieces:
-            start = _start(shapes[piece.entry.source], piece.local)
+            start = None if piece.order else _start(shapes[piece.entry.source], piece.local)
             last = runs[-1] if runs else None
             if last is not None and start is not None and last.end == (piece.entry.source, piece.entry.dtype, start):
                 last.pieces.append(piece)
@@ -391,16 +392,22 @@ class Traffic:
         return self.local + self.received
 
 
-def _meet(region: Region, box: Box) -> tuple[Index, Box, Box] | None:
-    """(index in the parameter, box in the tensor, box in the hosted part) of what a region and a hosted box share."""
+def _meet(region: Region, box: Box) -> tuple[Index, Box, Box, tuple[int, ...] | None] | None:
+    """(index in the parameter, box in the tensor, box in the hosted part, order) of what a region and a box share."""
     common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(region.hf, box, strict=True))
     if any(s.start >= s.stop for s in common):
         return None
+    target = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
+    order = getattr(region, "order", None)
+    if order is not None:  # its dimensions are not the tensor's: it is taken whole
+        if common != region.hf:
+            raise ValueError(f"{region.hf_name}: a part of a reordered region is asked for")
+        return region.local, common, target, order
     shifts = iter(c.start - a.start for c, a in zip(common, region.hf, strict=True))
     sizes = iter(c.stop - c.start for c in common)
     local = tuple(_within(index, shifts, sizes) if isinstance(index, slice) else index for index in region.local)
     local += tuple(slice(shift, shift + size) for shift, size in zip(shifts, sizes))  # dimensions it takes whole
-    return local, common, tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
+    return local, common, target, None
 
 
 def _within(index: slice, shifts: Iterator[int], sizes: Iterator[int]) -> slice:
