@@ -188,9 +188,10 @@ def check_sync(
     differing = [item for item in compared if item.differs]
     if not differing and gap.median <= threshold:
         return gap
+    reason = f"; {sync.engine.reload_reason}" if sync.engine.reload_reason and not differing else ""
     raise RunFailed(
         f"weight sync: learner and engine log-probs differ by {gap.mean:.1e} on average (max {gap.max:.1e}, threshold "
-        f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}"
+        f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}{reason}"
     )
 
 

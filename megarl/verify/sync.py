@@ -80,7 +80,8 @@ def render(
     ]
     for name, items in families.items():
         wrong = [item for item in items if item.differs]
-        verdict = "equal" if not wrong else "DIFFERS: " + "; ".join(map(str, wrong[:3]))
+        known = all(item.compared for item in items)
+        verdict = ("equal" if known else "not compared") if not wrong else "DIFFERS: " + "; ".join(map(str, wrong[:3]))
         largest = max((item.gap for item in items), key=lambda gap: math.inf if math.isnan(gap) else gap)
         lines.append(f"{name:36} {len(items):6}  {largest:11.1e}  {verdict}")
     if sums is not None:
