@@ -95,9 +95,9 @@ def gated_experts(
     differentiable.
 
     Of n token-expert pairs sorted by expert, `ends[e-1]:ends[e]` go through expert e; pair i is of the token
-    `x[rows[i]]`, or of `x[i]` when `rows` is None. x `[tokens, H]`, weight1 `[E, 2F, H]` (gate above up), weight2
-    `[E, H, F]`, ends `[E]` int32, probs `[n]` in the dtype of `x`, rows `[n]` int64. Returns `[tokens, H]`. An expert may
-    have no token.
+    `x[rows[i]]`, or of `x[i]` when `rows` is None. x `[tokens, H]`, weight1 `[E, 2, F, H]` (gate, up),
+    weight2 `[E, H, F]`, ends `[E]` int32, probs `[n]` in the dtype of `x`, rows `[n]` int64. Returns `[tokens, H]`. An
+    expert may have no token. The gradient of a weight that Megatron's DDP holds may go straight into its `main_grad`.
     """
     return _module().gated_experts(x, weight1, weight2, ends, probs, rows)
 

@@ -170,6 +170,9 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *a, **k: self  # a checkpoint is loaded through `.cuda()`
     _patch_tensor_type()
     _keep_memory()
+    from megarl.platform.cpu_reduce import by_memory
+
+    torch.distributed.all_reduce = by_memory(torch.distributed.all_reduce)
 
 
 def _patch_tensor_type() -> None:

@@ -50,29 +50,35 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        return grad_x, product(grads.t(), rows.t())
+        # oneDNN's left operand is copied in order: the narrower one
+        narrow = grads.shape[1] <= rows.shape[1]
+        return grad_x, product(grads.t(), rows.t()) if narrow else product(rows.t(), grads.t()).t()
 
 
 class GatedExperts(torch.autograd.Function):
     """`platform.gated_experts`, a piece of one expert's rows at a time from the tokens to their results.
 
     The tokens of a piece are gathered when it needs them and its results added to theirs at once, so that no tensor of
-    all dispatched rows, top-k times the size of `x`, comes to be. A piece is rounded up to `ROWS` rows by rows of its
-    neighbours, whose results are dropped and whose part in the weight gradients is multiplied by 0.
+    all dispatched rows, top-k times the size of `x`, comes to be. A piece is rounded up to `ROWS` rows by pairs of
+    probability 0, which add nothing to any result or gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, weight2: Tensor, ends: Tensor, probs: Tensor, rows: Tensor
     ) -> Tensor:
-        ctx.pieces = list(_pieces(ends))
+        ctx.pieces, ctx.place = pieces, place = _pieces(ends)
+        total = sum(pieces.sizes)
+        rows = rows.new_zeros(total).scatter_(0, place, rows)
+        probs = probs.new_zeros(total).scatter_(0, place, probs)
         out = torch.zeros_like(x, dtype=_sum_dtype(x))
+        weights1, weights2 = weight1.flatten(1, 2).unbind(), weight2.unbind()
         gate_ups = []
-        for piece in ctx.pieces:
-            gate_up = product(x.index_select(0, rows[piece.all]), weight1[piece.expert])
+        for expert, index, prob in pieces.of(rows, probs[:, None]):
+            gate_up = product(x.index_select(0, index), weights1[expert])
             gate, up = gate_up.chunk(2, dim=-1)
-            activated = F.silu(gate).mul_(up).mul_(probs[piece.all, None])
-            piece.add(product(activated, weight2[piece.expert]), rows, out)
+            activated = F.silu(gate).mul_(up).mul_(prob)
+            out.index_add_(0, index, product(activated, weights2[expert]).to(out.dtype))
             gate_ups.append(gate_up)
         ctx.save_for_backward(x, weight1, weight2, probs, rows, *gate_ups)
         return out.to(x.dtype)
@@ -81,38 +87,56 @@ class GatedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor, None]:
         x, weight1, weight2, probs, rows, *gate_ups = ctx.saved_tensors
         grad_x, grad_probs = torch.zeros_like(x, dtype=_sum_dtype(x)), torch.empty_like(probs)
-        grad1, grad2 = _empty_like(weight1), _empty_like(weight2)
-        begun: set[int] = set()
-        for piece, gate_up in zip(ctx.pieces, gate_ups, strict=True):
-            grad_out = grad.index_select(0, rows[piece.all])
-            prob = torch.zeros_like(probs[piece.all])
-            prob[piece.own] = probs[piece.start : piece.end]
-            prob = prob[:, None]
+        weights1, weights2 = weight1.flatten(1, 2).unbind(), weight2.unbind()
+        grad1, grad2 = _WeightGradient(weight1), _WeightGradient(weight2)
+        parts = ctx.pieces.of(rows, probs[:, None], grad_probs)
+        for (expert, index, prob, grad_prob), gate_up in zip(parts, gate_ups, strict=True):
+            grad_out = grad.index_select(0, index)
             gate, up = gate_up.chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
+            silu = F.silu(gate)
             plain = silu * up
-            grad_activated = product(grad_out, weight2[piece.expert].t())
-            grad_probs[piece.start : piece.end] = torch.linalg.vecdot(grad_activated, plain)[piece.own]
-            part2 = product(grad_out.t(), plain.mul_(prob).t())
-            grad_activated.mul_(prob)
+            through = product(grad_out, weights2[expert].t())  # the gradient of `activated`, then further back in place
+            torch.sum(through * plain, dim=-1, out=grad_prob)
+            grad2.add(expert, product(grad_out.t(), plain.mul_(prob).t()))
             grad_gate_up = torch.empty_like(gate_up)
             grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-            torch.mul(grad_activated, silu, out=grad_up)
-            slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)  # d silu = sigmoid + silu (1 - sigmoid)
-            torch.mul(grad_activated.mul_(up), slope, out=grad_gate)
-            part1 = product(grad_gate_up.t(), x.index_select(0, rows[piece.all]).t())
-            for whole, part in ((grad1, part1), (grad2, part2)):
-                if piece.expert in begun:
-                    whole[piece.expert] += part
-                else:
-                    whole[piece.expert] = part
-            begun.add(piece.expert)
-            piece.add(product(grad_gate_up, weight1[piece.expert].t()), rows, grad_x)
-        for expert in set(range(len(weight1))) - begun:
-            grad1[expert] = 0
-            grad2[expert] = 0
-        return grad_x.to(x.dtype), grad1, grad2, None, grad_probs, None
+            torch.mul(through.mul_(prob), silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(through.mul_(up), gate, grad_input=grad_gate)
+            grad1.add(expert, product(grad_gate_up.t(), x.index_select(0, index).t()))
+            grad_x.index_add_(0, index, product(grad_gate_up, weights1[expert].t()).to(grad_x.dtype))
+        return grad_x.to(x.dtype), grad1.finish(), grad2.finish(), None, grad_probs.index_select(0, ctx.place), None
+
+
+class _WeightGradient:
+    """Where the pieces' parts of an expert weight's gradient are added up.
+
+    That is Megatron's buffer when the weight has its place in it: autograd then gets a tensor that nobody reads, and no
+    second copy of all experts is written, read and added.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._in_buffer = hasattr(weight, "grad_added_to_main_grad")
+        self._sum = weight.main_grad if self._in_buffer else _empty_like(weight)
+        self._experts = self._sum.flatten(1, -2).unbind()
+        self._begun = [self._in_buffer] * len(weight)
+
+    def add(self, expert: int, part: Tensor) -> None:
+        if self._begun[expert]:
+            self._experts[expert].add_(part)
+        else:
+            self._experts[expert].copy_(part)
+            self._begun[expert] = True
+
+    def finish(self) -> Tensor:
+        """What the backward returns."""
+        if self._in_buffer:
+            self._weight.grad_added_to_main_grad = True
+            return torch.empty_like(self._weight)
+        for expert, begun in zip(self._experts, self._begun, strict=True):
+            if not begun:
+                expert.zero_()
+        return self._sum
 
 
 def _empty_like(weight: Tensor) -> Tensor:
@@ -131,34 +155,28 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class _Piece(NamedTuple):
-    """Dispatched rows `start:end` belong to `expert`; computed are `first:last`, which hold them."""
+class _Pieces(NamedTuple):
+    """Padded pieces of the dispatched rows in order: whose they are and how many rows each has."""
 
-    expert: int
-    start: int
-    end: int
-    first: int
-    last: int
+    experts: list[int]
+    sizes: list[int]
 
-    @property
-    def all(self) -> slice:
-        return slice(self.first, self.last)
-
-    @property
-    def own(self) -> slice:
-        return slice(self.start - self.first, self.end - self.first)
-
-    def add(self, results: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add the own ones of the `results` computed to the tokens in `out`."""
-        out.index_add_(0, rows[self.start : self.end], results[self.own].to(out.dtype))
+    def of(self, *tensors: Tensor) -> Iterator[tuple]:
+        """Each piece's expert and its rows of tensors that are padded."""
+        return zip(self.experts, *(tensor.split(self.sizes) for tensor in tensors), strict=True)
 
 
-def _pieces(ends: Tensor) -> Iterator[_Piece]:
-    """Equal parts of each expert's rows, none above `BLOCK`."""
-    borders = [0, *ends.tolist()]
-    for expert, (start, end) in enumerate(itertools.pairwise(borders)):
-        size = -(-(end - start) // max(1, -(-(end - start) // BLOCK)))
-        size = -(-size // ROWS) * ROWS
+def _pieces(ends: Tensor) -> tuple[_Pieces, Tensor]:
+    """Equal parts of each expert's rows, none above `BLOCK`; and where among their padded rows each row is."""
+    experts, sizes, counts = [], [], []
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        number = -(-(end - start) // BLOCK)
+        size = -(-(end - start) // max(number, 1))
         for at in range(start, end, size or 1):
-            last = min(at + size, borders[-1])
-            yield _Piece(expert, at, min(at + size, end), max(0, last - size), last)
+            experts.append(expert)
+            counts.append(min(size, end - at))
+            sizes.append(-(-size // ROWS) * ROWS)
+    counted, padded = torch.tensor(counts, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64)
+    shift = (padded - counted).cumsum(0) - (padded - counted)
+    place = torch.arange(sum(counts)) + shift.repeat_interleave(counted)
+    return _Pieces(experts, sizes), place

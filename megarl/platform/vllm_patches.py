@@ -88,6 +88,13 @@ def records_routing() -> bool:
     return any(field.name == "enable_return_routed_experts" for field in dataclasses.fields(EngineArgs))
 
 
+def recorded_routing(runner: Any) -> tuple[int, int] | None:
+    """(layers, experts a token) of what a started engine records of every token; None: it records nothing."""
+    if not getattr(runner, "routed_experts_initialized", False):
+        return None
+    return tuple(runner.routed_experts_capturer.get_device_buffer().shape[1:])
+
+
 def can_sleep() -> bool:
     """Whether the engine gives its device memory back while the learner works: on a CPU vLLM ignores sleep."""
     return platform.name() == "cuda"

@@ -76,6 +76,8 @@ class VLLMEngine:
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
             self._llm = self._start(model_path, dtype, load)
         vllm_patches.after_start(self._runner)
+        if rollout_cfg.routed_experts:
+            self._check_record()
         self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
         self._direct, self.reload_reason = self._take_on(mesh)
         self._stretches: dict[Run, list[Stretch]] = {}  # where the runs of a plan go
@@ -130,6 +132,17 @@ class VLLMEngine:
         direct = take_on(self.model, hosted, names)
         reasons = [reason for reason in mesh.all_gather_object(direct if isinstance(direct, str) else None) if reason]
         return (None, reasons[0]) if reasons else (direct, None)
+
+    def _check_record(self) -> None:
+        """Raises BadInput when the engine will not record the experts that the learner has."""
+        recorded, spec = vllm_patches.recorded_routing(self._runner), self._spec
+        moe = len(spec.moe_layers)
+        if recorded not in ((moe, spec.top_k), (spec.num_layers, spec.top_k)):
+            what = "nothing" if recorded is None else f"{recorded[0]} layers with {recorded[1]} experts a token"
+            raise BadInput(
+                f"rollout.routed_experts = true: vLLM {vllm_patches.version()} records {what}, the learner has {moe} MoE "
+                f"layers of {spec.num_layers} with {spec.top_k}; set it to false and rl.routing_replay to none or old"
+            )
 
     def generate(self, prompts: list[Prompt], sampling: Sampling, round_id: int) -> list[PromptGroup]:
         """Sample every prompt `sampling.samples` times; each sample has a seed of its own.
@@ -232,14 +245,7 @@ class VLLMEngine:
         if not pieces:
             return None
         rows, moe = np.concatenate(pieces), list(self._spec.moe_layers)
-        if rows.shape[1] == self._spec.num_layers:
-            rows = rows[:, moe]
-        if rows.shape[1:] != (len(moe), self._spec.top_k):
-            raise RunFailed(
-                f"routing: vLLM recorded {rows.shape[1]} layers with {rows.shape[2]} experts a token, the model has "
-                f"{len(moe)} MoE layers with {self._spec.top_k}"
-            )
-        return rows
+        return rows[:, moe] if rows.shape[1] == self._spec.num_layers else rows
 
     def _decode(self, responses: list[Response]) -> list[str]:
         ends = set(self._stop_ids)

@@ -112,18 +112,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
 
 
-def run_all(steps: list[tuple[str, dict]]) -> list:
-    """The result of each named case of this module in turn, every one on its own layout."""
-    out = []
-    for name, arguments in steps:
-        out.append(globals()[name](**arguments))
-        from megatron.core import parallel_state
-
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-    return out
-
-
 def there_and_back(path: str, folder: str, there: dict, back: dict) -> bool:
     """Hugging Face -> Megatron on one layout -> Hugging Face on another: are the weights the same bits?"""
     platform.setup()

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.config.schema import Model, Parallel
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import ModelSpec, Rope
 from megarl.parallel import Mesh
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, WIDTH = 50, 16, 8, 2, 12
-SPEC = ModelSpec("qwen3_moe", 1, HIDDEN, 2, 1, 8, 32, 64, 64, 1e4, 1e-6, False, True, EXPERTS, TOP_K, WIDTH, True, (0,))
+MOE = dict(num_experts=EXPERTS, top_k=TOP_K, moe_intermediate_size=WIDTH, moe_layers=(0,))
+SPEC = ModelSpec("qwen3_moe", 1, HIDDEN, 2, 1, 8, 32, 64, 64, Rope(1e4, 8), 1e-6, False, "head", **MOE)
 
 
 def dense(x: Tensor, router: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:

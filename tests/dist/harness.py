@@ -3,7 +3,8 @@
     results = run_ranks("tests.dist.convert_cases:round_trip", 2, "/checkpoint", tp=2)
 
 calls `round_trip("/checkpoint", tp=2)` in every process with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
-set, and returns what each rank returned. Arguments and results travel as JSON.
+set, and returns what each rank returned. Arguments and results travel as JSON. Starting two ranks costs more than most
+cases do: `run_in_turn` runs many of them, each on a layout of its own, in one launch.
 """
 
 from __future__ import annotations
@@ -72,6 +73,27 @@ def run_ranks(
             text = (folder / f"output-{rank}").read_text(errors="replace")[-TAIL:]
             raise RanksFailed(f"{target} on {nproc} ranks: rank {rank} {why}; its output ends with:\n{text}")
         return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(nproc)]
+
+
+def run_in_turn(module: str, nproc: int, cases: dict[str, tuple[str, dict[str, Any]]], **launch: Any) -> dict[str, Any]:
+    """name -> what each rank returned, for `cases`: name -> (function of `module`, its arguments)."""
+    ranks = run_ranks("tests.dist.harness:in_turn", nproc, module, list(cases.values()), **launch)
+    return {name: list(results) for name, results in zip(cases, zip(*ranks, strict=True), strict=True)}
+
+
+def in_turn(module: str, steps: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Run by the ranks: each function's result; Megatron's groups are torn down between any two."""
+    import torch.distributed as dist
+
+    out = []
+    for function, arguments in steps:
+        out.append(getattr(importlib.import_module(module), function)(**arguments))
+        from megatron.core import parallel_state
+
+        if dist.is_initialized():
+            dist.barrier()
+        parallel_state.destroy_model_parallel()
+    return out
 
 
 def _wait(processes: list[subprocess.Popen], timeout: float) -> tuple[int, str] | None:

@@ -99,9 +99,9 @@ def sharded_log_probs(vocab: int, columns: int) -> dict[str, float]:
     from megarl import platform
     from megarl.models.log_probs import linear_log_probs
 
-    dist.init_process_group("gloo")
+    Mesh.build(Parallel(tp=2))
     rows, width, temperature = 9, 16, 0.7
-    platform.block_bytes = lambda: 8 * rows * columns
+    plain, platform.block_bytes = platform.block_bytes, lambda: 8 * rows * columns
     torch.manual_seed(0)  # the same on both ranks
     hidden, weight = torch.randn(rows, 7, dtype=torch.float64), torch.randn(2 * width, 7, dtype=torch.float64)
     targets, upstream = torch.randint(vocab, (rows,)), torch.randn(rows, dtype=torch.float64)
@@ -110,6 +110,7 @@ def sharded_log_probs(vocab: int, columns: int) -> dict[str, float]:
     hidden.requires_grad_()
     log_probs, entropy = linear_log_probs(hidden, part, targets, vocab, dist.group.WORLD, temperature)
     grad_hidden, grad_weight = torch.autograd.grad(log_probs, (hidden, part), upstream)
+    platform.block_bytes = plain
     dist.all_reduce(grad_hidden)
     every = ((hidden @ weight.requires_grad_().t())[:, :vocab] / temperature).log_softmax(-1)
     expected = every.gather(1, targets[:, None])[:, 0]

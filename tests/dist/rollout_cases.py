@@ -12,14 +12,14 @@ import numpy as np
 
 from megarl import platform
 from megarl.config.schema import RL, Config, DataSource, Model, Parallel, Reward
-from tests.dist.vllm_cases import prompts, start
+from tests.dist.vllm_cases import prompts, start, swap_experts
 
 SAMPLES, LENGTH, ROUND = 2, 20, 3
 
 
 def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict[str, Any]) -> dict:
     """A sync and its gaps; then for each of `counts` prompts what this rank sampled, what every rank gets, and how far
-    the engine's log-probs of the sampled tokens are from the learner's."""
+    the engine's log-probs of the sampled tokens are from the learner's; last, what two swapped experts are reported as."""
     platform.setup()
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
@@ -65,7 +65,10 @@ def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict
                 "lengths": [len(row.prompt_ids) + len(row.response_ids) for row in rows],
             }
         )
-    return out
+    weights = {name: tensor.clone() for name, tensor in stream_hf(policy.modules, policy.spec, mesh)}
+    engine.load_weights(swap_experts(weights).items(), 3)
+    families = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
+    return out | {"swapped": [str(item) for item in families if item.differs]}
 
 
 def _sample(config: Config, mesh: Any, engine: Any, count: int) -> tuple[list[str], list, list]:

@@ -23,6 +23,7 @@ from megarl.learner.policy import Policy  # noqa: E402
 from megarl.metrics import reduce_metrics  # noqa: E402
 from megarl.models.moe.replay import LIVE, RoutingReplay, RowRouting  # noqa: E402
 from megarl.parallel import Mesh  # noqa: E402
+from megarl.platform import vllm_patches  # noqa: E402
 from megarl.trainers.routing import RoutingWatch, own_rows, replay_recorded, replay_rollout  # noqa: E402
 from megarl.types import Batch, MicroBatch, Prompt, PromptGroup  # noqa: E402
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
@@ -39,13 +40,15 @@ def replays(layouts: dict[str, tuple[str, dict[str, Any]]], budget: int) -> dict
     out: dict[str, dict[str, list[str]]] = {}
     for name, (path, degrees) in layouts.items():
         mesh = Mesh.build(Parallel(**degrees))
-        out[name] = {}
+        out[name], norms = {}, []
         for recompute in ("none", "selective", "full"):
             parallel = Parallel(**degrees, recompute=recompute)
             policy = _policy(path, parallel, mesh)
             if recompute == "none":
                 out[name]["faults"] = _faults(policy, budget)
-            found = _replay(policy, budget)
+            found, norm = _replay(policy, budget)
+            norms.append(norm)
+            found["the gradients of layers computed once"] = abs(norm / norms[0] - 1) < 1e-5
             out[name][recompute] = [what for what, holds in found.items() if not holds]
         parallel_state.destroy_model_parallel()
     return out
@@ -64,7 +67,8 @@ def _batch() -> Batch:
     )
 
 
-def _replay(policy: Policy, budget: int) -> dict[str, bool]:
+def _replay(policy: Policy, budget: int) -> tuple[dict[str, bool], float]:
+    """What holds, and the gradient norm of a step with experts that no router would choose."""
     batch, mesh = _batch(), policy.mesh
     packed = micro_batches(batch, budget, policy.layout)
     live, routing = policy.read(packed)
@@ -98,10 +102,11 @@ def _replay(policy: Policy, budget: int) -> dict[str, bool]:
         "other experts in training too": _equal(_train(policy, packed), others),
     }
     before = [weight.detach().clone() for weight in _routers(policy)]
-    assert policy.train_step(packed, negative_log_likelihood).applied
+    result = policy.train_step(packed, negative_log_likelihood)
+    assert result.applied
     found["gradients reach the routers"] = all(w.main_grad.abs().max() > 0 for w in _routers(policy))
     found["routers move"] = not any(torch.equal(a, b) for a, b in zip(before, _routers(policy), strict=True))
-    return found
+    return found, result.grad_norm
 
 
 def _routers(policy: Policy) -> list[torch.nn.Parameter]:
@@ -211,6 +216,8 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         plain(response, output)
         cached[0] += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
 
+    asked, recorded = [], vllm_patches.recorded_routing
+    vllm_patches.recorded_routing = lambda runner: asked.append(recorded(runner)) or asked[-1]
     vllm_engine._extend = extend
     vllm.LLM = partial(_few_tokens_a_step, vllm.LLM)
     degrees, spec = Parallel(**parallel), read_spec(path)
@@ -252,6 +259,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
         "lines": lines,
         "problems": problems,
         "bad": bad,
+        "asked at the start": asked,
         "refused": _refused(sampler, path),
     }
 
@@ -266,20 +274,19 @@ def _off_by_one(row: RowRouting, layer: int) -> RowRouting:
 
 
 def _refused(sampler: Any, path: str) -> list[str]:
-    """What is said of a vLLM that records nothing, and of records with a layer or an expert too many."""
-    from megarl.platform import vllm_patches
-
+    """What is said at the start of a vLLM that cannot record, does not, or records a layer or an expert too many."""
     said = []
-    vllm_patches.records_routing = lambda: False
-    for attempt in (
-        lambda: sampler._start(path, "float32", False),
-        lambda: sampler._moe_rows([np.zeros((2, 5, 3), np.uint8)]),
-        lambda: sampler._moe_rows([np.zeros((2, 4, 4), np.uint8)]),
+    for name, answer, start_again in (
+        ("records_routing", False, lambda: sampler._start(path, "float32", False)),
+        ("recorded_routing", None, sampler._check_record),
+        ("recorded_routing", (5, 3), sampler._check_record),
+        ("recorded_routing", (4, 4), sampler._check_record),
     ):
+        setattr(vllm_patches, name, lambda *_, answer=answer: answer)
         try:
-            attempt()
-        except (BadInput, RunFailed) as error:
-            said.append(f"{type(error).__name__}: {error}")
+            start_again()
+        except BadInput as error:
+            said.append(str(error))
     return said
 
 

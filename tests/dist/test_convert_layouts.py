@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.dist.checkpoints import make
 from tests.dist.convert_cases import tokens
-from tests.dist.harness import RanksFailed, run_ranks
+from tests.dist.harness import RanksFailed, run_in_turn, run_ranks
 
 CASES = "tests.dist.convert_cases"
 
@@ -48,20 +48,19 @@ ROUND_TRIPS = {
 
 @pytest.mark.parametrize("nproc", ROUND_TRIPS)
 def test_round_trips(nproc, checkpoints, tmp_path):
-    steps = []
-    for index, (name, degrees) in enumerate(ROUND_TRIPS[nproc]):
+    cases = {}
+    for name, degrees in ROUND_TRIPS[nproc]:
         path, expected = checkpoints[name]
-        expected = None if "pp" in degrees else expected
-        arguments = dict(path=path, out=str(tmp_path / str(index)), degrees=degrees, expected_logits=expected)
-        steps.append(("round_trip", arguments))
-    for rank, results in enumerate(run_ranks(f"{CASES}:run_all", nproc, steps)):
-        for (name, degrees), result, (_, arguments) in zip(ROUND_TRIPS[nproc], results, steps):
-            where = f"{name} {degrees} rank {rank}"
+        expected, case = None if "pp" in degrees else expected, f"{name} {degrees}"
+        cases[case] = ("round_trip", dict(path=path, out=str(tmp_path / case), degrees=degrees, expected_logits=expected))
+    for case, ranks in run_in_turn(CASES, nproc, cases).items():
+        for rank, result in enumerate(ranks):
+            where = f"{case} rank {rank}"
             assert result["streamed_equal"], where
             assert result["exported_equal"], where
             assert result["padding"] == [0.0] * len(result["padding"]), where
-            assert arguments["expected_logits"] is None or result["logits_gap"] <= 1e-5, where
-            assert '"dtype": "float32"' in (tmp_path / arguments["out"] / "config.json").read_text()
+            assert cases[case][1]["expected_logits"] is None or result["logits_gap"] <= 1e-5, where
+        assert '"dtype": "float32"' in (tmp_path / case / "config.json").read_text()
 
 
 def test_order_megatron_format_failures_and_memory(checkpoints, tmp_path):
@@ -69,16 +68,16 @@ def test_order_megatron_format_failures_and_memory(checkpoints, tmp_path):
     moe = checkpoints["moe"][0]
     (tmp_path / "file").write_text("x")
     make(tmp_path / "wide", "qwen3_moe", hidden_size=512, moe_intermediate_size=1360, num_hidden_layers=8)
-    steps = [
-        ("names", dict(path=checkpoints["mixed"][0], degrees=dict(pp=2))),
-        ("there_and_back", dict(path=moe, folder=str(tmp_path), there=dict(ep=2), back=dict(tp=2, etp=2))),
-        ("export_into", dict(path=moe, out=str(tmp_path / "file" / "out"), degrees=dict(ep=2))),
-        ("time_stream", dict(path=str(tmp_path / "wide"), degrees=dict(ep=2), repeats=2)),
-    ]
-    results = run_ranks(f"{CASES}:run_all", 2, steps)
+    arguments = {
+        "names": dict(path=checkpoints["mixed"][0], degrees=dict(pp=2)),
+        "there_and_back": dict(path=moe, folder=str(tmp_path), there=dict(ep=2), back=dict(tp=2, etp=2)),
+        "export_into": dict(path=moe, out=str(tmp_path / "file" / "out"), degrees=dict(ep=2)),
+        "time_stream": dict(path=str(tmp_path / "wide"), degrees=dict(ep=2), repeats=2),
+    }
+    found = run_in_turn(CASES, 2, {name: (name, given) for name, given in arguments.items()})
     layer = 8 * 3 * 512 * 1360 * 4 / 2**20
-    for rank, (names, identical, error, stream) in enumerate(results):
-        assert names == results[0][0] and len(names) == len(set(names))
+    for rank, (names, identical, error, stream) in enumerate(zip(*found.values(), strict=True)):
+        assert names == found["names"][0] and len(names) == len(set(names))
         assert identical, f"rank {rank}: through Megatron's format and another layout the weights changed"
         # every rank learns that rank 0 could not write
         assert error[0] == "BadInput" and "cannot be written" in error[1]

@@ -17,7 +17,7 @@ LAYOUTS = {
     "two-engines": (4, dict(pp=2, ep=2), dict(data_parallel=2, expert_parallel=True)),
     "uneven-experts": (3, dict(), dict(data_parallel=3, expert_parallel=True)),
 }
-SLOW = ("two-engines", "uneven-experts")
+SLOW = ("columns", "lock-step-of-tp", "two-engines", "uneven-experts")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,11 @@ def test_every_weight_is_the_learners(ranks):
     for rank in ranks:
         assert rank["differing"] == []
         assert rank["families"] == ranks[0]["families"] > 4 * 8
+
+
+def test_swapped_experts_are_named(ranks):
+    for rank in ranks:
+        assert rank["swapped"] == ["experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)"]
 
 
 def test_every_prompt_is_sampled_by_one_replica(ranks):

@@ -75,7 +75,12 @@ def many(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "parallel, rollout", [(dict(pp=2), {}), (dict(tp=2), dict(tensor_parallel=2))], ids=["replicas", "tensor-parallel"]
+    "parallel, rollout",
+    [
+        # replicas in short: tests/e2e/test_replaying_run.py compares their record with the learner's routing as well
+        pytest.param(dict(pp=2), {}, marks=pytest.mark.slow, id="replicas"),
+        pytest.param(dict(tp=2), dict(tensor_parallel=2), id="tensor-parallel"),
+    ],
 )
 def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
     """All tokens, prompts in the prefix cache and those prefilled in parts; any disagreement is a near-tie."""
@@ -91,7 +96,8 @@ def test_the_engine_routes_as_the_learner(many, tmp_path, parallel, rollout):
         assert shifted.startswith("layer 0: ") and "and not by a near-tie" in shifted
         assert [line.split(":")[0] for line in rank["bad"]["swapped"]] == ["layer 1", "layer 2"]
         assert rank["bad"]["replay"][0].endswith("from layer 1 on")
-        start, layers, experts = rank["refused"]
-        assert start.startswith("BadInput: rollout.routed_experts = true: vLLM ") and "does not record experts" in start
-        assert layers.endswith("vLLM recorded 5 layers with 3 experts a token, the model has 4 MoE layers with 3")
-        assert experts.endswith("vLLM recorded 4 layers with 4 experts a token, the model has 4 MoE layers with 3")
+        assert rank["asked at the start"] == [[4, 3]]
+        cannot, nothing, layers, experts = rank["refused"]
+        assert cannot.startswith("rollout.routed_experts = true: vLLM ") and "does not record experts" in cannot
+        for line, recorded in ((nothing, "nothing"), (layers, "5 layers with 3"), (experts, "4 layers with 4")):
+            assert f" records {recorded}" in line and "the learner has 4 MoE layers of 4 with 3; set it to false" in line

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.checkpoints import make
-from tests.dist.harness import run_ranks
+from tests.dist.harness import run_in_turn
 from tests.dist.learner_cases import fixed_batch
 from tests.dist.scalar_cases import OPTIMIZER, STEPS, score_loss, train_all, value_loss
 
-CASE = "tests.dist.scalar_cases:train_all"
+CASES = "tests.dist.scalar_cases"
 LAYOUTS = {  # number of ranks -> (model, role, layout, tokens a micro-batch)
     2: [
         ("moe", "critic", dict(), 90),
@@ -44,11 +44,28 @@ def single(checkpoints, tmp_path_factory):
     return dict(zip(keys, results, strict=True)), saved
 
 
-@pytest.mark.parametrize("nproc", LAYOUTS)
-def test_layout_changes_nothing(checkpoints, single, nproc):
-    alone, saved = single
+def ranks(nproc, checkpoints, saved, **more):
     cases = [(str(checkpoints / name), *rest) for name, *rest in LAYOUTS[nproc]]
-    for rank in run_ranks(CASE, nproc, cases, saved):
+    return run_in_turn(CASES, nproc, {"layouts": ("train_all", dict(cases=cases, folder=saved))} | more)
+
+
+@pytest.fixture(scope="module")
+def two(checkpoints, single):
+    critic = ("critic_on_a_fixed_batch", dict(path=str(checkpoints / "moe")))
+    return ranks(2, checkpoints, single[1], critic=critic)
+
+
+@pytest.mark.slow  # all three degrees at once: test_learner.py has them for the same model with a language model's head
+def test_four_ranks_change_nothing(checkpoints, single):
+    assert_nothing_changed(4, ranks(4, checkpoints, single[1])["layouts"], single[0])
+
+
+def test_layout_changes_nothing(two, single):
+    assert_nothing_changed(2, two["layouts"], single[0])
+
+
+def assert_nothing_changed(nproc, found, alone):
+    for rank in found:
         for where, mine in zip(LAYOUTS[nproc], rank, strict=True):
             expected = alone[where[:2]]
             *trained, loaded = mine["outputs"]
@@ -106,7 +123,7 @@ def test_numbers_are_those_of_transformers(checkpoints, single, role):
         assert [got[0], got[2]] == pytest.approx(expected, rel=5e-5)
 
 
-def test_the_critic_lowers_its_value_loss_on_a_fixed_batch(checkpoints):
-    first, second = run_ranks("tests.dist.scalar_cases:critic_on_a_fixed_batch", 2, str(checkpoints / "moe"))
+def test_the_critic_lowers_its_value_loss_on_a_fixed_batch(two):
+    first, second = two["critic"]
     assert first == second
     assert first[-1] < 0.25 * first[0]

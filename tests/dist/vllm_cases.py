@@ -444,7 +444,7 @@ def sync_twice(path: str, **degrees) -> dict:
     return out | {"unpatched": compare()}
 
 
-def _swap_experts(weights: dict) -> dict:
+def swap_experts(weights: dict) -> dict:
     for matrix in ("gate_proj", "up_proj", "down_proj"):
         a, b = (f"model.layers.2.mlp.experts.{e}.{matrix}.weight" for e in (3, 5))
         weights[a], weights[b] = weights[b], weights[a]
@@ -489,7 +489,7 @@ def _scale_values(weights: dict) -> dict:
 
 
 BROKEN = {
-    "swapped": _swap_experts,
+    "swapped": swap_experts,
     "swapped_down": _swap_down,
     "halves": _swap_halves,
     "transposed": _transpose,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,29 @@ def learner_log_probs(config: str, checkpoint: str, sequences: list[list[int]]) 
     return [log_probs.tolist() for log_probs in probe_log_probs(policy, sequences)]
 
 
-def train_with_broken_sync(config: str, layer_skipped: bool) -> str:
-    """`megarl train` whose weight sync hands the engine two experts swapped, or an old layer; what it ends with."""
+def refusal(part: str, config: str, overrides: list[str] = [], rollouts: str | None = None) -> str:
+    """What the ranks of a command refuse its input with; `part`: the trainer, `rollouts`: `--from-rollouts`."""
     from megarl import platform
 
     platform.setup()
     from megarl.config import load_config
-    from megarl.errors import RunFailed
-    from megarl.platform.vllm_direct import Direct
-    from megarl.trainers import rl
+    from megarl.errors import BadInput
 
-    plain_stretches, plain_write = Direct.stretches, Direct.write_stretches
-    two, five = (f"layers.1.mlp.experts.{e}." for e in (2, 5))
-
-    def swapped(self, parts):
-        other = lambda name: name.replace(two, five) if two in name else name.replace(five, two)  # noqa: E731
-        return plain_stretches(self, [(other(name), *rest) for name, *rest in parts])
-
-    def skipped(self, stretches, values):
-        halved = any("layers.0.self_attn.o_proj" in name for one in stretches for name in one.names)
-        plain_write(self, stretches, values * 0.5 if halved else values)
-
-    if layer_skipped:
-        Direct.write_stretches = skipped
-    else:
-        Direct.stretches = swapped
+    trainer = importlib.import_module(f"megarl.trainers.{part}")
+    more = {"from_rollouts": Path(rollouts)} if rollouts else {}
     try:
-        rl.run(load_config(config))
-    except RunFailed as error:
+        trainer.run(load_config(config, overrides), **more)
+    except BadInput as error:
         return str(error)
-    return "nothing was noticed"
+    return "nothing was refused"
+
+
+def converted(checkpoint: str, target: str) -> None:
+    """`megarl convert CHECKPOINT TARGET --to hf`."""
+    from megarl.config import Parallel
+    from megarl.learner.convert_checkpoint import convert_checkpoint
+
+    convert_checkpoint(checkpoint, target, "hf", Parallel())
 
 
 def _one_engine(rl: Any) -> None:
@@ -169,7 +163,45 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
+        for name, (method, broken) in BROKEN.items():
+            own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-{name}"])
+            rows[name] = _sync_with(rl.RLTrainer(own, mesh, rewards), method, broken)
     return rows
+
+
+def _swapped(stretches: Any, direct: Any, parts: list[tuple]) -> list[Any]:
+    places = {"layers.1.mlp.experts.2.": "layers.1.mlp.experts.5.", "layers.1.mlp.experts.5.": "layers.1.mlp.experts.2."}
+    found = [next((place for place in places if place in name), "") for name, *_ in parts]
+    return stretches(
+        direct, [(part[0].replace(place, places.get(place, "")), *part[1:]) for part, place in zip(parts, found)]
+    )
+
+
+def _scaled(write: Any, direct: Any, stretches: list[Any], values: torch.Tensor) -> None:
+    names = {name for one in stretches for name in one.names}
+    write(direct, stretches, values * 0.5 if "model.layers.0.self_attn.o_proj.weight" in names else values)
+
+
+# how a weight sync writes into the engine: two experts swapped, or a matrix of other values
+BROKEN = {"swapped": ("stretches", _swapped), "skipped": ("write_stretches", _scaled)}
+
+
+def _sync_with(trainer: Any, method: str, broken: Any) -> str:
+    """A run's first sync with a broken step inside, so that log-probs have to tell."""
+    from megarl.errors import RunFailed
+    from megarl.platform.vllm_direct import Direct
+
+    plain = getattr(Direct, method)
+    setattr(Direct, method, lambda direct, *arguments: broken(plain, direct, *arguments))
+    try:
+        trainer.prepare()
+    except RunFailed as error:
+        return str(error)
+    finally:
+        setattr(Direct, method, plain)
+        trainer.engine._stretches.clear()
+        trainer.loop.close()
+    return "nothing was noticed"
 
 
 def _train_to_nan(trainer: Any) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.dist.harness import run_in_turn
 from tests.e2e.program import Project
 
 ONE_RANK = ("parallel.ep=1", "parallel.nproc=1")
@@ -57,13 +57,6 @@ def test_what_is_seen_before_a_rank_starts(project: Project, tmp_path: Path) -> 
         assert f"MASTER_PORT = {port}" in refused(project, "sft", config, MASTER_PORT=port)
 
 
-def test_unsupported_family(project: Project) -> None:
-    file = project.model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llama"}))
-    line = refused(project, "sft", project.config)
-    assert str(file) in line and "'llama'" in line and "qwen3_moe" in line
-
-
 def test_an_existing_run_needs_resume(trained: Project) -> None:
     for command, part in (("sft", "sft"), ("train", "rl")):
         line = refused(trained, command, trained.config)
@@ -75,46 +68,73 @@ def test_missing_sft_result(project: Project) -> None:
     assert str(project.run / "sft/hf") in line and "megarl sft" in line
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1000])])
-def test_damaged_weights(project: Project, damage: Callable[[Path], object]) -> None:
-    damage(project.model / "model.safetensors")
+def test_damaged_weights(project: Project) -> None:
+    (file := project.model / "model.safetensors").write_bytes(file.read_bytes()[:-1000])
     line = refused(project, "sft", project.config, *ONE_RANK)
     assert "model.safetensors" in line and str(project.model) in line
-
-
-def test_tokenizer_without_chat_template(project: Project) -> None:
-    (project.model / "chat_template.jinja").unlink()
-    line = refused(project, "train", project.config, "rl.init_from=model", *ONE_RANK)
-    assert str(project.model) in line and "model.chat_template" in line
 
 
 GOOD = {"prompt": "1 + 1 = ", "answer": "2"}
 
 
-@pytest.mark.parametrize(
-    "rows, settings, said",
-    [
-        ([json.dumps(GOOD), "{broken"], (), "rows.jsonl:2"),
-        (
-            [json.dumps(GOOD), json.dumps({"prompt": "1 + 2 = "})],
-            ("reward.type=exact_match",),
-            "rows.jsonl:2: no answer",
-        ),
-        ([json.dumps(GOOD | {"prompt": "9" * 80})], ("reward.type=exact_match",), "rows.jsonl: none of 1 prompts"),
-    ],
-    ids=["malformed", "no-answer", "too-long"],
-)
-def test_data(warm: Project, tmp_path: Path, rows: list[str], settings: tuple[str, ...], said: str) -> None:
+def test_a_row_without_an_answer(warm: Project, tmp_path: Path) -> None:
     project = Project.create(tmp_path, model=warm.model)
     shutil.copytree(warm.run / "sft/hf", project.run / "sft/hf")
     (project.run / "config.yaml").write_text("of the run before: must stay as it is")
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    data = f"rl.data=[{{type: jsonl, path: {tmp_path}/rows.jsonl}}]"
-    line = refused(project, "train", project.config, data, *settings, *ONE_RANK)
-    assert str(tmp_path) in line and said in line
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{json.dumps(GOOD)}\n{{"prompt": "1 + 2 = "}}\n')
+    line = refused(project, "train", project.config, *data(rows), "reward.type=exact_match", *ONE_RANK)
+    assert f"{rows}:2: no answer" in line
 
 
-def test_rollouts_of_too_few_steps(trained: Project, branch: Project) -> None:
-    rollouts = trained.run / "rl/rollouts"
-    line = refused(branch, "train", branch.config, "rl.steps=7", "--from-rollouts", rollouts, *ONE_RANK)
-    assert str(rollouts / "step_000007.jsonl") in line and "set rl.steps to 6" in line
+def data(rows: Path) -> list[str]:
+    return [f"rl.data=[{{type: jsonl, path: {rows}}}]"]
+
+
+# What one rank says to more of it, in one process: the way from there to the user is that of the commands above.
+
+
+@pytest.fixture(scope="module")
+def said(trained: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Project, str]]:
+    """name -> (its project, the rank's refusal); all files as they were."""
+    root, cases, projects = tmp_path_factory.mktemp("refused"), {}, {}
+
+    def case(name: str, part: str, *overrides: str, rollouts: Path | None = None) -> Project:
+        (root / name).mkdir()
+        shutil.copytree(trained.model, root / name / "model")
+        project = projects[name] = Project.create(root / name)
+        arguments = {"part": part, "config": str(project.config), "overrides": [*overrides, *ONE_RANK]}
+        cases[name] = ("refusal", arguments | {"rollouts": rollouts and str(rollouts)})
+        return project
+
+    file = case("family", "sft").model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llama"}))
+    (case("no weights", "sft").model / "model.safetensors").unlink()
+    (case("no template", "rl", "rl.init_from=model").model / "chat_template.jinja").unlink()
+    rows = {"malformed": "{broken]", "too long": json.dumps(GOOD | {"prompt": "9" * 80})}
+    for name, row in rows.items():
+        file = root / f"{name}.jsonl"
+        file.write_text(row + "\n")
+        case(name, "rl", "rl.init_from=model", "reward.type=exact_match", *data(file))
+    case("too few steps", "rl", "rl.steps=7", rollouts=trained.run / "rl/rollouts")
+    before = files(root)
+    lines = run_in_turn("tests.e2e.cases", 1, cases)
+    assert files(root) == before
+    return {name: (projects[name], lines[name][0]) for name in cases}
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("family", ["config.json", "'llama'", "qwen3_moe"]),
+        ("no weights", ["{model}", "model.safetensors"]),
+        ("no template", ["{model}", "model.chat_template"]),
+        ("malformed", ["malformed.jsonl:1"]),
+        ("too long", ["too long.jsonl: none of 1 prompts"]),
+        ("too few steps", ["step_000007.jsonl", "set rl.steps to 6"]),
+    ],
+)
+def test_what_a_rank_refuses(said: dict[str, tuple[Project, str]], name: str, parts: list[str]) -> None:
+    project, line = said[name]
+    assert [part for part in parts if part.format(model=project.model) not in line] == [], line
+    assert "\n" not in line

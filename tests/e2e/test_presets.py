@@ -104,3 +104,16 @@ def test_a_loss_that_is_not_a_number_stops_every_rank_and_keeps_the_micro_batche
         assert "gradient norm is nan" in ended["said"] and ended["kept"] in ended["said"]
         assert ended["unchanged"] and ended["kept"].endswith(f"rank{number}.safetensors")
         assert ended["tokens"] > 0 and ended["replayed"]  # with the loss as it should be, the same step goes through
+
+
+@pytest.mark.parametrize(
+    "broken, named",
+    [
+        ("swapped", "experts.gate_proj/up_proj/down_proj in layer 1 (experts 2, 5)"),
+        ("skipped", "self_attn.o_proj in layer 0"),
+    ],
+)
+def test_a_broken_weight_sync_stops_the_run_and_names_the_tensors(ranks, broken, named):
+    for rank in ranks:
+        assert rank[broken].startswith("weight sync: learner and engine log-probs differ")
+        assert rank[broken].endswith(f"these tensors differ: {named}")

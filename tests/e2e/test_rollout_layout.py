@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.e2e.program import Project
 
 
+@pytest.mark.slow  # tests/dist/test_rollout_layouts.py has the trainer's own sampling, and the sync, in this layout
 def test_replicas_that_decode_in_lock_step(branch: Project) -> None:
     layout = ["rollout.data_parallel=2", "rollout.expert_parallel=true"]
     size = ["rl.prompts_per_step=3", "rl.optimizer_steps_per_rollout=1", "rl.steps=2"]

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from tests.e2e.program import Project
 
 
@@ -19,6 +21,7 @@ def test_a_rank_that_dies_ends_the_job(branch: Project) -> None:
     assert str(branch.run / "rl/logs/rank1.log") in errors
 
 
+@pytest.mark.slow  # tests/unit/test_launcher.py interrupts ranks that do not listen twice, without vLLM
 def test_interrupting_twice_ends_at_once(branch: Project) -> None:
     with branch.start("train", branch.config, "log.grace_seconds=200") as job:
         job.wait_for_line("start vLLM")  # seconds in which nobody looks at a first Ctrl-C

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.dist.harness import run_in_turn
 from tests.e2e.program import Project
 from tests.e2e.test_bad_input import ONE_RANK, refused
 from tests.e2e.test_pipeline import assert_same_weights
@@ -80,19 +81,19 @@ def test_it_learns_the_preference_and_transformers_gives_the_same_scores(project
     assert np.mean(np.logaddexp(0, -margin)) == pytest.approx(last["reward_model/validation_loss"], rel=1e-4)
 
 
-def test_a_checkpoint_converts_to_the_export_bit_for_bit(project: Project, tmp_path: Path) -> None:
+def test_its_checkpoint_converts_to_the_export_and_bad_pairs_are_named(project: Project, tmp_path: Path) -> None:
+    (bad := project.folder / "bad.jsonl").write_text(
+        '{"prompt": "p", "chosen": "1", "rejected": "2"}\n{"prompt": "p", "chosen": "1"}\n'
+    )
+    data = [f"reward_model.data=[{{type: jsonl, path: {bad}}}]", f"run_dir={tmp_path}/new", *ONE_RANK]
     checkpoint = project.run / f"reward_model/checkpoints/step_{STEPS:06d}"
-    done = project.megarl("convert", checkpoint, tmp_path / "out", "--to", "hf")
-    assert (done.returncode, done.stderr) == (0, "")
+    cases = {
+        "converted": dict(checkpoint=str(checkpoint), target=str(tmp_path / "out")),
+        "refusal": dict(part="reward_model", config=str(project.config), overrides=data),
+    }
+    done = run_in_turn("tests.e2e.cases", 1, {name: (name, arguments) for name, arguments in cases.items()})
     export = project.run / "reward_model/hf"
     assert_same_weights(tmp_path / "out", export)
     assert (tmp_path / "out/config.json").read_text() == (export / "config.json").read_text()
-
-
-def test_bad_pairs_are_named_by_file_and_line(project: Project) -> None:
-    bad = project.folder / "bad.jsonl"
-    bad.write_text('{"prompt": "p", "chosen": "1", "rejected": "2"}\n{"prompt": "p", "chosen": "1"}\n')
-    data = f"reward_model.data=[{{type: jsonl, path: {bad}}}]"
-    line = refused(project, "reward-model", project.config, data, f"run_dir={project.folder}/new", *ONE_RANK)
-    assert f"{bad}:2: no rejected" in line
+    assert f"{bad}:2: no rejected" in done["refusal"][0]
     assert "resume=auto" in refused(project, "reward-model", project.config)

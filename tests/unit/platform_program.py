@@ -1,15 +1,25 @@
-"""Run in a fresh interpreter by `test_platform.py`: install the seam without one of its patches, then use Megatron."""
+"""Run by `test_platform.py`: without each named patch of the seam in turn, use Megatron, in a fork of a process that has
+imported nothing but torch. Prints {patch: [exit code, output with errors]} as JSON.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import resource
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.utils
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
 
 def use_megatron() -> None:
@@ -18,11 +28,14 @@ def use_megatron() -> None:
     from megarl.config.schema import Config, Model, Optimizer
     from megarl.data.packing import pack
     from megarl.learner.policy import Policy
-    from megarl.models.spec import ModelSpec
+    from megarl.models.spec import ModelSpec, Rope
     from megarl.parallel import Mesh
     from megarl.types import Batch
 
-    spec = ModelSpec("qwen3_moe", 2, 32, 4, 2, 8, 64, 64, 64, 1e4, 1e-6, False, True, 4, 2, 16, True, (0, 1))
+    spec = ModelSpec(
+        "qwen3_moe", 2, 32, 4, 2, 8, 64, 64, 64, Rope(1e4, 8), 1e-6, False, "head",
+        num_experts=4, top_k=2, moe_intermediate_size=16, moe_layers=(0, 1),
+    )  # fmt: skip
     cfg = Config(model=Model(path="unused"))
     mesh = Mesh.build(cfg.parallel)
     policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3))
@@ -141,7 +154,24 @@ def _refuse(*args: object, **kwargs: object) -> None:
     raise RuntimeError("the patched writer is in use")
 
 
+def outcome(patch: str) -> tuple[int, str]:
+    """(exit code, output with errors) of a fork that does without `patch`."""
+    with tempfile.NamedTemporaryFile("r+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            code = 1
+            try:
+                leave_out(patch)
+                use_megatron()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status), Path(output.name).read_text()
+
+
 if __name__ == "__main__":
-    leave_out(sys.argv[1])
-    use_megatron()
-    print("worked")
+    print(json.dumps({patch: outcome(patch) for patch in sys.argv[1:]}))

@@ -240,7 +240,7 @@ def test_moe_layers_are_those_of_transformers(step, dense):
 
 
 REFUSED = {
-    "model_type": "llama",
+    "model_type": "bert",
     "architectures": ["Qwen3MoeForSequenceClassification"],
     "hidden_act": "gelu",
     "attention_bias": True,

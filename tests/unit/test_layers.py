@@ -47,7 +47,7 @@ def _experts(counts: list[int], tokens: int, dtype: torch.dtype) -> tuple[tuple[
     """(x, weight1, weight2, probs) of three experts, and where their pairs end."""
     torch.manual_seed(0)
     hidden, ffn = 24, 8
-    shapes = [(tokens, hidden), (3, 2 * ffn, hidden), (3, hidden, ffn), (sum(counts),)]
+    shapes = [(tokens, hidden), (3, 2, ffn, hidden), (3, hidden, ffn), (sum(counts),)]
     tensors = [torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes]
     return tuple(t.requires_grad_() for t in tensors), torch.tensor(counts).cumsum(0).to(torch.int32)
 
@@ -56,13 +56,13 @@ def _plain_experts(x, weight1, weight2, ends, probs, rows):
     borders, out = [0, *ends.tolist()], torch.zeros_like(x)
     for expert, (up, down) in enumerate(zip(weight1, weight2, strict=True)):
         pairs = slice(borders[expert], borders[expert + 1])
-        gate, linear = (x[rows[pairs]] @ up.t()).chunk(2, -1)
+        gate, linear = (x[rows[pairs]] @ up.flatten(0, 1).t()).chunk(2, -1)
         results = torch.nn.functional.silu(gate) * linear * probs[pairs, None] @ down.t()
         out = out.index_add(0, rows[pairs], results)
     return out
 
 
-# a piece that borrows rows after it, before it, or has none to borrow; experts of several pieces and of no token
+# pieces with and without padding; experts of several pieces and of no token
 @pytest.mark.parametrize("counts", [[3, 0, 5], [20, 7, 3], [1700, 0, 30], [0, 16, 0], [0, 0, 0]])
 @pytest.mark.parametrize("shared", [False, True])  # a token of several experts, and one of none; or each of one
 @pytest.mark.parametrize(
@@ -91,13 +91,25 @@ def test_gated_experts_and_their_gradients(counts, shared, way, dtype):
     assert counts[1] or not mine[1][1].any()  # an expert without a token
 
 
+def test_expert_gradients_are_added_to_megatrons_buffer():
+    tensors, ends = _experts([20, 700, 0], 720, torch.float32)
+    x, weight1, weight2, probs = tensors
+    plain = torch.autograd.grad(cpu.gated_experts(x, weight1, weight2, ends, probs, None).sum(), (weight1, weight2))
+    for weight in (weight1, weight2):
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False  # as Megatron's DDP has it
+    cpu.gated_experts(x, weight1, weight2, ends, probs, None).sum().backward()
+    for weight, gradient in zip((weight1, weight2), plain, strict=True):
+        assert weight.grad_added_to_main_grad
+        assert torch.allclose(weight.main_grad, 1 + gradient, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 700])
-def test_linear_and_its_gradients(rows, dtype):
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (700, 64), (700, 128)])
+def test_linear_and_its_gradients(rows, width, dtype):
     torch.manual_seed(0)
     x = torch.randn(rows, 1, 96, dtype=dtype, requires_grad=True)
-    weight = torch.randn(64, 96, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(rows, 1, 64, dtype=dtype)
+    weight = torch.randn(width, 96, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(rows, 1, width, dtype=dtype)
     expected = torch.autograd.grad(x.double() @ weight.double().t(), (x, weight), upstream.double())
     for way in (platform.linear, cpu_products.Linear.apply):
         out = way(x, weight)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from megarl import platform
 from megarl.config.schema import Model, Parallel
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import ModelSpec, Rope
 from megarl.parallel import Mesh
 
-SPEC = ModelSpec("qwen3_moe", 1, 256, 4, 4, 64, 512, 128, 64, 1e4, 1e-6, False, True, 8, 2, 256, True, (0,))
+SPEC = ModelSpec("qwen3_moe", 1, 256, 4, 4, 64, 512, 128, 64, Rope(1e4, 64), 1e-6, False, qk_norm="head", moe_layers=(0,))
 # hidden size, then (experts, top-k, width of an expert) of the few and of the many
 PAIRS = [
     (256, (8, 2, 256), (128, 2, 256)),
@@ -33,18 +33,18 @@ PAIRS = [
 
 
 def build_layer(mesh: Mesh, hidden: int, experts: int, top_k: int, width: int) -> nn.Module:
-    """Megatron's MoE layer as megarl's models have it, float32, with random weights."""
+    """Megatron's MoE layer as megarl trains it, in Megatron's DDP with its gradient buffer; float32, random weights."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.spec_utils import build_module
 
     from megarl.models.build import _layer_spec, transformer_config
 
     spec = dataclasses.replace(SPEC, hidden_size=hidden, num_experts=experts, top_k=top_k, moe_intermediate_size=width)
-    layer = build_module(
-        _layer_spec(spec, is_moe=True).submodules.mlp, config=transformer_config(spec, Model(path=""), mesh, Parallel())
-    )
+    config = transformer_config(spec, Model(path=""), mesh, Parallel())
+    layer = build_module(_layer_spec(spec, is_moe=True).submodules.mlp, config=config)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.05)
-    return layer
+    return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
 
 
 def step(layer: nn.Module, hidden: Tensor) -> float:
@@ -53,7 +53,7 @@ def step(layer: nn.Module, hidden: Tensor) -> float:
     out, _bias = layer(hidden)
     out.backward(hidden.detach())
     seconds = time.process_time() - start
-    layer.zero_grad(set_to_none=False)
+    layer.zero_grad_buffer()
     hidden.grad = None
     return seconds
 

@@ -56,8 +56,8 @@ class GroupedExperts(MegatronModule):
         expert, with as many of each as the tensor says; `probs` of each pair."""
         counts, rows = routed if isinstance(routed, Routed) else (routed, None)
         ends = torch.as_tensor(counts, device=hidden.device).cumsum(0).to(torch.int32)
-        weight1 = self.weight1.flatten(1, 2)
-        return platform.gated_experts(hidden, weight1, self.weight2, ends, probs.to(hidden.dtype), rows), None
+        probs = probs.to(hidden.dtype)
+        return platform.gated_experts(hidden, self.weight1, self.weight2, ends, probs, rows), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the ordinary backward."""
