@@ -519,3 +519,28 @@ class _LiveBytes(TorchDispatchMode):
     @staticmethod
     def _storage(tensor):
         return tensor.untyped_storage()
+
+
+def family(path: str, rollout: dict[str, Any], **degrees) -> dict:
+    """Two syncs of a checkpoint of any family, the weights changed between them, and all comparisons after each."""
+    platform.setup()
+    from megarl.learner.policy import Policy
+    from megarl.learner.probes import probe_log_probs
+    from megarl.rollout.checksums import differing_tensors
+    from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
+
+    parallel = Parallel(**degrees)
+    engine, mesh = start(path, load=False, parallel=parallel, **rollout)
+    policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
+    sync, probes = WeightSync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
+    out: dict[str, Any] = {"reload": engine.reload_reason, "gaps": [], "differing": [], "sums": []}
+    for version in (1, 2):
+        report = sync.run(policy.modules, version)
+        out["gaps"].append(measure_gap(engine, probes, probe_log_probs(policy, probes), mesh).mean)
+        found = compare_with_learner(engine, mesh, sync.stream(policy.modules))
+        out["differing"] += [str(item) for item in found if item.differs]
+        out["sums"] += [] if sync.plan.whole else differing_tensors(sync, policy.modules)
+        for chunk in policy.modules:
+            for parameter in chunk.parameters():
+                parameter.data.mul_(1.02)
+    return out | {"moved": [report.traffic.received, report.traffic.bound]}
