@@ -93,6 +93,11 @@ class ModelSpec:
         """
         heads = self.num_heads * self.head_dim
         attention = self.hidden_size * (2 * heads + 2 * self.num_kv_heads * self.head_dim)
+        if self.kv_lora_rank:
+            down = self.q_lora_rank + self.kv_lora_rank + self.rope_head_dim + self.num_heads * self.v_head_dim
+            up = heads * (self.q_lora_rank or self.hidden_size)
+            both = self.num_heads * (self.nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+            attention = self.hidden_size * down + up + both
         dense = self.num_layers - len(self.moe_layers)
         routed = self.top_k * self.moe_intermediate_size + self.shared_width
         mlp = dense * self.intermediate_size + len(self.moe_layers) * routed
