@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-EXACT = "e_score_correction_bias"  # stays float32: experts are chosen by differences that bfloat16 does not have
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ class SyncPlan:
         return [half for block in blocks for half in _halves(block) if half]
 
     def _entry(self, rule: Rule, name: str, size: tuple[int, ...]) -> SyncEntry:
-        dtype = "float32" if name.endswith(EXACT) else self.dtype
+        dtype = rule.dtype or self.dtype
         where = (rule.megatron, layer_of(name), family_of(name), rule.group)
         return SyncEntry(name, size, dtype, *where, math.prod(size) * ITEM_BYTES[dtype])
 
@@ -398,11 +397,10 @@ def _meet(region: Region, box: Box) -> tuple[Index, Box, Box, tuple[int, ...] | 
     if any(s.start >= s.stop for s in common):
         return None
     target = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
-    order = getattr(region, "order", None)
-    if order is not None:  # its dimensions are not the tensor's: it is taken whole
+    if region.order is not None:  # its dimensions are not the tensor's: it is taken whole
         if common != region.hf:
             raise ValueError(f"{region.hf_name}: a part of a reordered region is asked for")
-        return region.local, common, target, order
+        return region.local, common, target, region.order
     shifts = iter(c.start - a.start for c, a in zip(common, region.hf, strict=True))
     sizes = iter(c.stop - c.start for c in common)
     local = tuple(_within(index, shifts, sizes) if isinstance(index, slice) else index for index in region.local)
