@@ -370,6 +370,9 @@ def _layers(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, Bo
     if isinstance(module, LinearBase):
         known = type(module.quant_method) is UnquantizedLinearMethod
         return _linear(model, path, module) if known else f"its method is {type(module.quant_method).__name__}"
+    if type(module) is nn.Linear:  # some routers
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        return [_with_parts(Plain(module, name), {f"{path}.{name}": slice(None)}) for name in own]
     if isinstance(module, RoutedExperts):
         return _experts(path, module, hosted)
     if isinstance(module, MLAAttention):

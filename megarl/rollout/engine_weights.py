@@ -123,6 +123,8 @@ def _linear(layer: nn.Module, expected: Tensor) -> Tensor:
     """[out, in] of a row-parallel or replicated layer, without its bias."""
     from vllm.distributed import tensor_model_parallel_all_reduce
 
+    if type(layer) is nn.Linear:
+        return layer.weight
     inputs = _identity(expected)
     width = getattr(layer, "input_size_per_partition", inputs.shape[1])
     if width == inputs.shape[1]:
