@@ -188,25 +188,15 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
             torch.cuda.set_rng_state(device_state)
 
 
-def direct_layers(model: torch.nn.Module, ranks: int) -> dict[str, vllm_direct.Layer] | None:
-    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`.
-
-    `ranks` of an engine: more than one split its matrices or deal out its experts.
-    """
-    return vllm_direct.layers(model) if platform.name() == "cpu" and ranks == 1 else None
-
-
-def load_weights(runner: Any, direct: dict[str, vllm_direct.Layer] | None, tensors: Iterable) -> None:
+def load_weights(runner: Any, direct: vllm_direct.Direct | None, tensors: Iterable) -> None:
     """Replace the weights by a stream of Hugging Face tensors, each of which is copied before the next is asked for."""
-    model = runner.get_model()
     if direct is None:
-        sinks: dict[str, torch.Tensor] = {}
+        model, sinks = runner.get_model(), {}
         with reloading(model):
             runner.reload_weights(weights_iterator=vllm_gpt_oss.watched(_copies(tensors), sinks))
         vllm_gpt_oss.place(model, sinks)
     else:
-        vllm_direct.load(direct, tensors)
-        _pack_tied_output(model)
+        direct.load(tensors)
 
 
 def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
