@@ -38,7 +38,9 @@ def plans(draw):
     tensor, data = draw(st.sampled_from([(t, d) for t in (1, 2, 4) for d in (1, 2, 3, 8) if world % (t * d) == 0]))
     learner = LearnerLayout.of(Parallel(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, vpp=vpp), world, spec.num_layers)
     degrees = EngineDegrees(tensor, data, data > 1 or draw(st.booleans()))
-    return SyncPlan(spec, "bfloat16", learner, degrees, whole=draw(st.integers(0, 5)) == 0)
+    return SyncPlan(
+        spec, "bfloat16", learner, degrees, whole=draw(st.integers(0, 5)) == 0, portion=draw(st.sampled_from([0, 1500]))
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
