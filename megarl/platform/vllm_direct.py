@@ -374,7 +374,7 @@ def _layers(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, Bo
         own = [name for name, _ in module.named_parameters(recurse=False)]
         return [_with_parts(Plain(module, name), {f"{path}.{name}": slice(None)}) for name in own]
     if isinstance(module, RoutedExperts):
-        return _experts(path, module, hosted)
+        return _experts(model, path, module, hosted)
     if isinstance(module, MLAAttention):
         return "it keeps products of weights"
     own = [name for name, _ in module.named_parameters(recurse=False)]
@@ -419,13 +419,16 @@ def _linear(model: nn.Module, path: str, module: nn.Module) -> list[Layer] | str
     return out
 
 
-def _experts(path: str, module: nn.Module, hosted: dict[str, Box]) -> list[Layer] | str:
+def _experts(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, Box]) -> list[Layer] | str:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
     kernel = getattr(module.quant_method, "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
     own = {name for name, _ in module.named_parameters(recurse=False)}
+    bias = getattr(module, "e_score_correction_bias", None)
+    if any(other is not module and getattr(other, "e_score_correction_bias", None) is bias for other in model.modules()):
+        own.discard("e_score_correction_bias")  # the router's, which is written there
     if own != {"w13_weight", "w2_weight"}:
         return f"its parameters are {', '.join(sorted(own))}"
     if isinstance(experts, CPUUnquantizedExperts):

@@ -21,7 +21,7 @@ from megarl.convert.family import EMBEDDING, LAYER, OUTPUT
 from megarl.convert.rules import Index, Region, Rule, Shard
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
-from megarl.rollout.engine_shards import Box, EngineDegrees
+from megarl.rollout.engine_shards import EXPERT, Box, EngineDegrees
 from megarl.rollout.names import family_of, layer_of
 
 if TYPE_CHECKING:
@@ -151,11 +151,18 @@ def _halves(block: Block) -> tuple[Block, Block]:
     return block[:cut], block[cut:]
 
 
+def _expert(hf_name: str) -> int:
+    """The expert that a tensor is of; 0 for others."""
+    match = EXPERT.search(hf_name)
+    return int(match[1]) if match else 0
+
+
 @dataclass(frozen=True)
 class SyncPlan:
     """Everything one weight sync moves, in blocks (embedding, the halves of each layer, what follows).
 
-    The same on every rank. Two blocks are held at once, so about a layer.
+    The same on every rank. Two blocks are held at once, so about a layer; less with a `portion`, the bytes above which the
+    experts of a block are taken in portions.
 
     `whole`: every engine rank is given full tensors, for engines whose layers are not known well enough to be written
     into. `hosted(rank)` then is the whole checkpoint.
@@ -166,6 +173,7 @@ class SyncPlan:
     learner: LearnerLayout
     engine: EngineDegrees
     whole: bool = False
+    portion: int = 0
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
@@ -175,7 +183,20 @@ class SyncPlan:
              for rule in block if rule.exported]
             for block in family(self.spec.family).blocks(self.spec)
         ]  # fmt: skip
-        return [half for block in blocks for half in _halves(block) if half]
+        return [part for block in blocks for half in _halves(block) for part in self._portions(half)]
+
+    def _portions(self, block: Block) -> Iterator[Block]:
+        """A block in portions of about `portion` bytes: in each, as many experts of every expert-parallel rank."""
+        size = sum(entry.bytes for _, entries in block for entry in entries.values())
+        each = max(1, self.spec.num_experts // self.learner.ep)
+        count = min(each, -(-size // self.portion)) if self.portion else 1
+        for number in range(count):
+            parts = [
+                (rule, {name: entry for name, entry in entries.items() if _expert(name) % each * count // each == number})
+                for rule, entries in block
+            ]
+            if any(entries for _, entries in parts):
+                yield [(rule, entries) for rule, entries in parts if entries]
 
     def _entry(self, rule: Rule, name: str, size: tuple[int, ...]) -> SyncEntry:
         dtype = rule.dtype or self.dtype
@@ -265,7 +286,7 @@ class SyncPlan:
         self, rule: Rule, entries: dict[str, SyncEntry], shard: Shard, hosted: dict[str, Box]
     ) -> Iterator[Piece]:
         for region in self._regions(rule, shard):
-            box = hosted.get(region.hf_name)
+            box = hosted.get(region.hf_name) if region.hf_name in entries else None
             found = _meet(region, box) if box is not None else None
             if found is not None:
                 yield Piece(entries[region.hf_name], *found)

@@ -76,7 +76,9 @@ class WeightSync:
 
     def __init__(self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> None:
         learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
-        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole=engine.reload_reason is not None)
+        whole = engine.reload_reason is not None  # vLLM wants an expert's tensors one after another
+        portion = 0 if whole else platform.block_bytes()
+        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole, portion)
         self.mesh, self.engine, self.exchange = mesh, engine, Exchange(self.plan, mesh)
         self.copy_speed = measure_copy(min(self.plan.largest_layer_bytes, COPIED))
 

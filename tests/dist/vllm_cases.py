@@ -222,8 +222,8 @@ def sync(
     """
     platform.setup()
     from megarl.learner.policy import Policy
-    from megarl.rollout.weight_sync import WeightSync, check_checksums, check_sync, default_threshold, make_probes
     from megarl.learner.probes import probe_log_probs
+    from megarl.rollout.weight_sync import WeightSync, check_checksums, check_sync, default_threshold, make_probes
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
@@ -417,9 +417,9 @@ def sync_twice(path: str, **degrees) -> dict:
     platform.setup()
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
+    from megarl.learner.probes import probe_log_probs
     from megarl.platform import vllm_patches
     from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
-    from megarl.learner.probes import probe_log_probs
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, parallel=parallel)
