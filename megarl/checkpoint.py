@@ -186,7 +186,8 @@ def damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())[:300]
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        line = " ".join(str(causes[0]).split())[:300]
         raise BadInput(f"{path}: cannot be read as a checkpoint of this model ({line}); give another one") from None
 
 

@@ -298,6 +298,41 @@ def layout_rank(folder: Path, name: str) -> None:
     _work(work)
 
 
+@verify_app.command()
+def conversion(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face checkpoint folder.", show_default=False)],
+    layouts: Annotated[
+        str, typer.Option(metavar="one,tp2,...", help="Layouts to go through (default: all that fit).", show_default=False)
+    ] = "",
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes at most.")] = 8,
+) -> None:
+    """Weights through every layout and back in bytes, and log-probs and logits against transformers.
+
+    A model larger than memory: its weights by streaming, logits of a small copy. Exit code 1 on a difference.
+
+    Example: [bold]megarl verify conversion models/Qwen3-30B-A3B --layouts tp2,pp2,ep2[/bold]
+    """
+    if launcher.is_rank():
+        raise BadInput("verify conversion starts its own ranks: run it without torchrun")
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give a checkpoint folder")
+    from megarl.verify.conversion import verify_conversion
+
+    verify_conversion(folder, [name for name in layouts.split(",") if name], nproc)
+
+
+@verify_app.command(name="conversion-rank", hidden=True)
+def conversion_rank(folder: Path, name: str) -> None:
+    """A rank of `verify conversion`."""
+
+    def work() -> None:
+        from megarl.verify.conversion import run_rank
+
+        run_rank(folder, name)
+
+    _work(work)
+
+
 @verify_app.command(name="algorithms")
 def verify_algorithms(
     vectors: Annotated[

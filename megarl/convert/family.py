@@ -92,6 +92,10 @@ class Family:
         config |= {name: values[0] for name, values in self.fixed.items()}
         return config | self.write_extra(spec)
 
+    def implied(self) -> dict[str, Any]:
+        """Keys whose only value transformers leaves out of a config.json and vLLM asks for."""
+        return {name: values[0] for name, values in self.fixed.items() if values[0] is not None}
+
     @property
     def scorer(self) -> str:
         """The transformers class of its reward models."""

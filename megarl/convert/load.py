@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megarl.config.schema import Parallel
 from megarl.convert.encodings import QUANTISED, encoding_of
 from megarl.convert.families import family
 from megarl.convert.family import LAYER, OUTPUT
@@ -50,6 +51,18 @@ def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) ->
                 f"expects {list(rule.local_shape(spec, shard))}"
             )
         load_parameter(reader, rule, spec, shard, tensor)
+
+
+def layout_problem(spec: ModelSpec, parallel: Parallel) -> str | None:
+    """Why the model's weights cannot be cut as a layout says, in words; None: they can."""
+    stages = parallel.pp * (parallel.vpp or 1)
+    counts = {
+        "attention heads over tp": (spec.num_heads, parallel.tp),
+        "layers over pp x vpp": (spec.num_layers, stages if not parallel.first_stage_layers else 1),
+        "experts over ep": (spec.num_experts, parallel.ep),
+        "columns of an expert over etp": (spec.moe_intermediate_size, parallel.etp),
+    }
+    return next((f"{n} {what} = {by} do not divide" for what, (n, by) in counts.items() if n % by), None)
 
 
 def open_weights(path: str | Path, spec: ModelSpec) -> HFReader:

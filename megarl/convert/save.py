@@ -155,10 +155,11 @@ class _Files:
                 tensor = reader.stored(name) if reader_layout(reader, name) == layout else read_whole(reader, name)
                 self.writer.add(name, tensor)
         self.writer.close()
-        config = family(spec.family).write_config(spec) if source is None else read_config(source)
+        table = family(spec.family)
+        config = table.write_config(spec) if source is None else table.implied() | read_config(source)
         if source is not None:
             if spec.head == "scalar":
-                config |= family(spec.family).scorer_config() | {"pad_token_id": pad_token_id(source)}
+                config |= table.scorer_config() | {"pad_token_id": pad_token_id(source)}
             copy_side_files(source, self.folder)
         config.pop(QUANTISED, None)
         if self.coded:

@@ -18,7 +18,7 @@ from megarl.config import load_config
 from megarl.config.schema import Model, Parallel
 from megarl.convert import family, read_spec
 from megarl.convert.hf_io import copy_side_files, fingerprint, new_folder, read_config
-from megarl.convert.load import load_parameter, matched, open_weights
+from megarl.convert.load import layout_problem, load_parameter, matched, open_weights
 from megarl.convert.rules import Shard
 from megarl.convert.save import FP8, Export, aside_layouts, copy_aside, export_weights, on_main
 from megarl.errors import BadInput
@@ -109,6 +109,9 @@ class _Job:
             on_main(lambda: self._write_side_files(folder / SIDE_FILES, spec), mesh)
 
     def _empty(self, spec: ModelSpec, model: Model, mesh: Mesh) -> list[torch.nn.Module]:
+        problem = layout_problem(spec, self.parallel)
+        if problem:
+            raise BadInput(f"--parallel: {problem}; give other degrees")
         with WithoutMemory():
             return build_model(spec, model, mesh, self.parallel)
 

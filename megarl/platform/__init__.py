@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from megarl.platform.shared_memory import Gather, SharedWindows
+
 _settled = False
 
 
@@ -137,3 +139,9 @@ def empty_cache() -> None:
 def profiler_activities() -> list:
     """What torch.profiler records here."""
     return _module().profiler_activities()
+
+
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    """Memory that ranks of one machine read from each other, see `shared_memory.share`; without windows where messages
+    of the process group are the faster way. Collective."""
+    return _module().shared_windows(size, place, gather, topics, timeout)

@@ -16,6 +16,7 @@ import torch
 import torch.utils._device
 
 from megarl.platform.host import host_memory
+from megarl.platform.shared_memory import Gather, SharedWindows, share
 
 NAME = "cpu"
 BACKEND = "gloo"
@@ -99,6 +100,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     from megarl.platform.cpu_norm import RMSNorm
 
     return RMSNorm.apply(x, weight, eps)
+
+
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    return share(size, place, gather, topics, timeout)
 
 
 def empty_cache() -> None:

@@ -21,9 +21,7 @@ class SinkAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
         ctx.options = dict(dropout_p=0.0, is_causal=mask is None, attn_mask=_scores(mask, query.dtype))
         out, total = FORWARD(query, key, value, **ctx.options)
         sink = sinks.to(total.dtype)[None, :, None]

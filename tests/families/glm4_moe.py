@@ -13,7 +13,10 @@ MOE = dict(
 
 CASES = {
     "glm4_moe": Case(
-        "Glm4MoeConfig", MOE | {"use_qk_norm": True, "attention_bias": True}, weights=random_selection_bias
+        "Glm4MoeConfig",
+        MOE | {"use_qk_norm": True, "attention_bias": True},
+        serve={"head_dim": 32},
+        weights=random_selection_bias,
     ),
     "glm4_moe-air": Case("Glm4MoeConfig", MOE, layouts=(), weights=random_selection_bias),
 }

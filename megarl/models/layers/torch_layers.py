@@ -48,26 +48,41 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadsNorm(RMSNorm):
-    """One root-mean-square norm over all heads of a token, of which this rank has `hidden_size / tp` elements."""
+    """One root-mean-square norm over all heads of a token, of which this rank has `copies * hidden_size / tp` elements.
+
+    `copies`: of how many neighbouring ranks the heads are the same.
+    """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, tp_group: torch.distributed.ProcessGroup
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
+        copies: int = 1,
     ) -> None:
         super().__init__(config, hidden_size // tp_group.size(), eps)
-        self.width, self.tp_group = hidden_size, tp_group
+        self.width, self.tp_group, self.copies = hidden_size, tp_group, copies
         # every rank sees all tokens here, and has weights of its own
         self.weight.sequence_parallel = False
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[n, ...]` with `hidden_size / tp` elements a row."""
+        """x `[n, ...]` with this rank's elements in a row."""
         flat = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
         squares = flat.square().sum(dim=1, keepdim=True)
         if self.tp_group.size() > 1:  # summed over the ranks; its gradient, which all of them have a part in, as well
             squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
             squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        out = (flat * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
+        out = (flat * torch.rsqrt(squares / (self.width * self.copies) + self.eps)).to(x.dtype) * self._own_weight()
         return out.view(x.shape)
+
+    def _own_weight(self) -> Tensor:
+        """Of this rank's heads, from the ranks that hold its pieces."""
+        if self.copies == 1:
+            return self.weight
+        whole = all_gather_last_dim_from_tensor_parallel_region(self.weight[None], self.tp_group)
+        return whole.view(self.tp_group.size() // self.copies, -1)[self.tp_group.rank() // self.copies]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight as a shard over tp."""
@@ -116,9 +131,9 @@ class PackedAttention(MegatronModule):
         if spec.qk_norm == "head":
             self.q_layernorm, self.k_layernorm = (RMSNorm(config, self.head_dim, spec.norm_eps) for _ in range(2))
         elif spec.qk_norm == "all":
-            widths = heads * self.head_dim, groups * self.head_dim
-            self.q_layernorm, self.k_layernorm = (
-                HeadsNorm(config, width, spec.norm_eps, pg_collection.tp) for width in widths
+            self.q_layernorm = HeadsNorm(config, heads * self.head_dim, spec.norm_eps, self.tp_group)
+            self.k_layernorm = HeadsNorm(
+                config, groups * self.head_dim, spec.norm_eps, self.tp_group, self.ranks_per_group
             )
         self.window = spec.windows[layer_number - 1] if spec.windows else 0
         self.sinks = None

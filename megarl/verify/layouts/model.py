@@ -21,14 +21,18 @@ STD, NORM_STD = 0.1, 0.2  # with all norms at 1 a swapped norm would go unseen
 
 
 def shrunken(cfg: Config) -> ModelSpec:
-    """The architecture of the user's model with few layers and small widths.
+    """`shrink` of the config's model, which may not be there yet."""
+    path = Path(cfg.model.path)
+    return shrink(read_spec(path) if (path / "config.json").exists() else spec_of(cfg.model.generate))
+
+
+def shrink(spec: ModelSpec) -> ModelSpec:
+    """The architecture with few layers and small widths.
 
     Kept: the family, dense among MoE layers, grouped key/value heads, tied embeddings, norms, rotary positions, which
     layers have a sliding window (of at most `WINDOW`), how many experts a token has (at most 4) and whether their gates
     are renormalised.
     """
-    path = Path(cfg.model.path)
-    spec = read_spec(path) if (path / "config.json").exists() else spec_of(cfg.model.generate)
     moe = tuple(layer for layer in range(LAYERS) if layer in spec.moe_layers)
     if spec.is_moe and len(spec.moe_layers) < spec.num_layers and len(moe) in (0, LAYERS):
         moe = tuple(range(1, LAYERS))  # some layers are dense, but beyond those kept
