@@ -55,13 +55,17 @@ def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict
     return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
 
 
-def head_sizes() -> list[int] | None:
-    """The attention head sizes vLLM has kernels for here; None: it chooses among several backends itself."""
+def head_sizes(latent: bool = False) -> list[int] | None:
+    """The widths of a cached key that vLLM has kernels for here; None: it chooses among several backends itself.
+
+    In `latent` attention that is the latent and the rotated key, otherwise a head.
+    """
     if platform.name() != "cpu":
         return None
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-    return CPUAttentionBackend.get_supported_head_sizes()
+    return (CPUMLABackend if latent else CPUAttentionBackend).get_supported_head_sizes()
 
 
 def seeded(params: Any, seed: int) -> Any:

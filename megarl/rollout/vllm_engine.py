@@ -16,13 +16,14 @@ from torch import Tensor
 
 from megarl.config.schema import Rollout
 from megarl.convert import family, read_spec
+from megarl.convert.hf_io import read_config
 from megarl.errors import BadInput, RunFailed
-from megarl.models.spec import ModelSpec
 from megarl.platform import vllm_patches
 from megarl.platform.vllm_direct import Direct, Stretch, take_on
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.exchange import Moved
+from megarl.rollout.served import check_served, overrides
 from megarl.rollout.sync_plan import Run
 from megarl.types import Prompt, PromptGroup, Trajectory
 
@@ -91,12 +92,8 @@ class VLLMEngine:
         from vllm import LLM
 
         vllm_patches.install()
-        cfg, head_dim, sizes = self.config, self._spec.head_dim, vllm_patches.head_sizes()
-        if sizes is not None and head_dim not in sizes and not self._spec.kv_lora_rank:
-            raise BadInput(
-                f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model"
-            )
-        check_served(self._spec, model_path)
+        cfg, spec = self.config, self._spec
+        check_served(spec, model_path, vllm_patches.head_sizes(latent=spec.kv_lora_rank > 0))
         if cfg.routed_experts and not vllm_patches.records_routing():
             raise BadInput(
                 f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
@@ -105,6 +102,7 @@ class VLLMEngine:
         try:
             return LLM(
                 model_path,
+                hf_overrides=overrides(spec, read_config(model_path)),
                 dtype=dtype,
                 seed=self.seed,
                 tensor_parallel_size=cfg.tensor_parallel,
@@ -375,17 +373,6 @@ def _tokenizer(model_path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
-
-
-def check_served(spec: ModelSpec, model_path: str) -> None:
-    """Raises BadInput for a model that vLLM would compute as another one."""
-    windows = [bool(window) for window in spec.windows]
-    alternate = windows == [layer % 2 == 0 for layer in range(spec.num_layers)]
-    if spec.family == "gpt_oss" and not (alternate and spec.qkv_bias and spec.rope.kind == "yarn"):
-        raise BadInput(
-            f"{model_path}: vLLM computes gpt_oss with attention_bias, yarn and a window in every other layer from the "
-            "first on, whatever its config.json says; use such a model"
-        )
 
 
 def _one_line(error: Exception) -> str:

@@ -17,8 +17,7 @@ WIDE = dict(hidden_size=128, max_position_embeddings=96)  # heads of 32, which v
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES])
 def test_every_weight_is_the_learners(name, tmp_path):
     case = CASES[name]
-    heads = {"head_dim": 32} if "head_dim" in case.settings else {}
-    type(case)(case.config, case.settings | WIDE | heads | case.serve, weights=case.weights).write(tmp_path)
+    case.write(tmp_path, **WIDE, **case.serve)
     words = models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w1").save_pretrained(tmp_path)
     degrees = dict(ep=2) if dict(ep=2) in case.layouts else dict(pp=2)

@@ -36,11 +36,17 @@ class Case:
     serve: dict[str, Any] | None = field(default_factory=dict)  # settings it is served by vLLM with; none: it cannot be
     weights: Callable[[Any], None] = field(default=lambda model: None)  # the last word on the model's weights
 
+    def configuration(self, **changes: Any):
+        """transformers' configuration."""
+        import transformers
+
+        return getattr(transformers, self.config)(**(SHAPE | self.settings | changes))
+
     def write(self, folder: Path, seed: int = 3, **changes: Any):
         """A float32 checkpoint with all weights random, norms and buffers too; returns the model, in eager attention."""
         import transformers
 
-        config = getattr(transformers, self.config)(**(SHAPE | self.settings | changes))
+        config = self.configuration(**changes)
         config._attn_implementation = "eager"
         name = self.config.removesuffix("Config") + "ForCausalLM"
         model = getattr(transformers, name)(config).float().eval()

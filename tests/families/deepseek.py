@@ -47,6 +47,7 @@ CASES = {
         "DeepseekV3Config",
         V3 | {"q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
         layouts=(dict(tp=2),),
+        serve=SERVED | {"rope_interleave": True},
         weights=random_selection_bias,
     ),
     "deepseek_v2": Case(
@@ -54,5 +55,7 @@ CASES = {
         COMMON | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, rope_parameters=YARN),
         serve=SERVED,
     ),
-    "deepseek_v2-lite": Case("DeepseekV2Config", COMMON | dict(q_lora_rank=None, topk_method="greedy"), layouts=()),
+    "deepseek_v2-lite": Case(
+        "DeepseekV2Config", COMMON | dict(q_lora_rank=None, topk_method="greedy"), layouts=(), serve=SERVED
+    ),
 }

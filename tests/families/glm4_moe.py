@@ -18,5 +18,5 @@ CASES = {
         serve={"head_dim": 32},
         weights=random_selection_bias,
     ),
-    "glm4_moe-air": Case("Glm4MoeConfig", MOE, layouts=(), weights=random_selection_bias),
+    "glm4_moe-air": Case("Glm4MoeConfig", MOE, layouts=(), serve={"head_dim": 32}, weights=random_selection_bias),
 }

@@ -83,15 +83,6 @@ def test_what_changes_the_numbers_is_refused_by_name(key):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"layer_types": ["full_attention", "sliding_attention"] * 12}, {"attention_bias": False}])
-def test_what_vllm_would_compute_otherwise_is_not_served(change):
-    from megarl.rollout.vllm_engine import check_served
-
-    check_served(spec_of(V4), "here")
-    with pytest.raises(BadInput, match="here: vLLM computes gpt_oss"):
-        check_served(spec_of(V4 | change), "here")
-
-
 @pytest.fixture
 def quantised(tmp_path):
     """A checkpoint folder with experts of random codes, and the same as plain floats by transformers."""
