@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Index = tuple[slice, ...]
 QUANTISED = "quantization_config"
 FP8_MAX = 448.0  # of float8_e4m3fn
+E2M1 = [sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]  # by code
 
 
 class Encoding(Protocol):
@@ -110,7 +111,46 @@ class Fp8Blocks:
         }
 
 
-READERS = {"fp8": Fp8Blocks.of}
+@dataclass(frozen=True)
+class Mxfp4:
+    """Experts [E, K, N] as 4 bit numbers in blocks of 32 along K with one power of two for each (OCP MX, e2m1 and e8m0).
+
+    The form of gpt-oss's published checkpoints: `NAME_blocks` [E, N, K / 32, 16], two numbers a byte, the first in the
+    low half, and `NAME_scales` [E, N, K / 32], exponents + 127.
+    """
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], where: str) -> Mxfp4:
+        return cls()
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return f"{name}_blocks", f"{name}_scales"
+
+    def shape(self, reader: HFReader, name: str) -> tuple[int, ...]:
+        blocks, scales = (reader.tensors[part] for part in self.parts(name))
+        fits = len(blocks.shape) == 4 and blocks.shape[3] == 16 and scales.shape == blocks.shape[:3]
+        if not fits or blocks.dtype != "U8" or scales.dtype != "U8":
+            raise BadInput(
+                f"{reader.folder / blocks.file}: {name} has blocks {blocks.dtype} {list(blocks.shape)} and scales "
+                f"{scales.dtype} {list(scales.shape)}; mxfp4 needs U8 [E, N, K / 32, 16] and U8 [E, N, K / 32]: download the "
+                "checkpoint again"
+            )
+        experts, rows, count, _ = blocks.shape
+        return experts, 32 * count, rows
+
+    def decode(self, reader: HFReader, name: str, index: Index) -> Tensor:
+        blocks, scales = self.parts(name)
+        experts, columns, rows = index
+        near = slice(columns.start // 32, (columns.stop - 1) // 32 + 1)
+        codes = reader.stored(blocks, (experts, rows, near, slice(0, 16))).int()
+        numbers = torch.tensor(E2M1).take(torch.stack([codes & 15, codes >> 4], dim=-1).long()).flatten(-2)
+        exponents = reader.stored(scales, (experts, rows, near)).int() - 127
+        numbers = torch.ldexp(numbers, exponents[..., None]).flatten(-2)
+        first = columns.start - 32 * near.start
+        return numbers[..., first : first + columns.stop - columns.start].transpose(1, 2)
+
+
+READERS = {"fp8": Fp8Blocks.of, "mxfp4": Mxfp4.of}
 
 
 def encoding_of(config: Mapping[str, Any], where: str) -> Encoding | None:

@@ -84,7 +84,7 @@ def load_parameter(reader: HFReader, rule: Rule, spec: ModelSpec, shard: Shard, 
     if sum(tensor[region.local].numel() for region in regions) < tensor.numel():
         tensor.zero_()
     for region in regions:
-        reader.read_into(tensor[region.local], region.hf_name, region.hf)
+        reader.read_into(region.of(tensor), region.hf_name, region.hf)
 
 
 def matched(

@@ -144,6 +144,7 @@ class HFReader:
     def read_into(self, target: Tensor, name: str, index: Index) -> None:
         """`target[...] = name[index]` in the target's dtype; reads these bytes only and holds a few MiB beside it.
 
+        The target has the numbers in the same order, with dimensions behind the first perhaps cut in two.
         Raises BadInput when a number is not finite.
         """
         encoded = self.encoded(name)
@@ -152,13 +153,13 @@ class HFReader:
             part = target[first : first + rows[0].stop - rows[0].start] if rows else target
             if encoded:
                 numbers = self.encoding.decode(self, name, rows)
-                part.copy_(numbers)
+                part.copy_(numbers.reshape(part.shape))
             elif part.dtype == DTYPES[stored.dtype] and part.device.type == "cpu" and part.is_contiguous():
                 self._fill(part, stored, rows)
                 numbers = part
             else:
                 numbers = self.stored(name, rows)
-                part.copy_(numbers)
+                part.copy_(numbers.view(part.shape))
             # a sum is the cheapest pass that no nan or inf survives; one of float16 may overflow without them
             if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
                 raise BadInput(

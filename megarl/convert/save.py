@@ -114,9 +114,9 @@ class _Files:
         if source is not None and replace(read_spec(source), head=spec.head) != spec:
             raise BadInput(f"{source}/config.json: describes another model than the one to export; give its own folder")
         coded = _coded(spec) if export.dtype == FP8 else set()
-        shapes, plan = family(spec.family).hf_shapes(spec), {}
+        shapes, plan, kept = family(spec.family).hf_shapes(spec), {}, family(spec.family).own_dtypes(spec)
         for name, learner in dtypes.items():
-            dtype = _target(export.dtype, learner)
+            dtype = learner if name in kept else _target(export.dtype, learner)
             if name in coded:
                 weight, scale = cls.blocks.parts(name)
                 plan[weight] = (torch.float8_e4m3fn, shapes[name])
@@ -155,10 +155,11 @@ class _Files:
                 tensor = reader.stored(name) if reader_layout(reader, name) == layout else read_whole(reader, name)
                 self.writer.add(name, tensor)
         self.writer.close()
-        config = family(spec.family).write_config(spec) if source is None else read_config(source)
+        table = family(spec.family)
+        config = table.write_config(spec) if source is None else table.implied() | read_config(source)
         if source is not None:
             if spec.head == "scalar":
-                config |= family(spec.family).scorer_config() | {"pad_token_id": pad_token_id(source)}
+                config |= table.scorer_config() | {"pad_token_id": pad_token_id(source)}
             copy_side_files(source, self.folder)
         config.pop(QUANTISED, None)
         if self.coded:

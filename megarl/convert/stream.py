@@ -40,7 +40,7 @@ def stream_gradients(chunks: list[nn.Module], spec: ModelSpec, mesh) -> Iterator
     Without the distributed optimizer, which leaves a rank with its part of the sum.
     """
     held = {name: tensor for name, (_, tensor) in matched(chunks, spec, gradients=True).items()}
-    yield from stream_tensors(held, spec, mesh)
+    yield from stream_weights(Weights.of(held, buffers=False), spec, mesh)
 
 
 def stream_tensors(held: dict[str, Tensor], spec: ModelSpec, mesh) -> Iterator[tuple[str, Tensor]]:
@@ -62,11 +62,12 @@ class Weights:
 
     dtypes: Mapping[str, torch.dtype]
     fetch: Callable[[list[str]], Mapping[str, Tensor]]
+    buffers: bool = True  # whether those are among them
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor]) -> Weights:
+    def of(cls, held: Mapping[str, Tensor], buffers: bool = True) -> Weights:
         """Of tensors that are all in memory."""
-        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: held)
+        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: held, buffers)
 
     def owners(self, mesh) -> dict[str, Owner]:
         """Every parameter of the model. Collective."""
@@ -95,7 +96,7 @@ def stream_weights(
     """
     owners, shard = weights.owners(mesh), Shard.of(mesh)
     for block in family(spec.family).blocks(spec):
-        rules = [rule for rule in block if rule.exported]
+        rules = [rule for rule in block if rule.exported and (weights.buffers or not rule.is_buffer)]
         if all(name in skip for rule in rules for name in rule.hf_shapes(spec)):
             continue
         for part in _parts(rules):
@@ -143,7 +144,8 @@ class _Bucket:
         members = len(self.pieces[0].regions)
         if mesh.pp == 1 and members == 1:
             for piece in self.pieces:
-                yield piece.name, self._assemble(piece, [[held[piece.megatron][r.local] for r in piece.regions[0]]])
+                parts = [r.of(held[piece.megatron]).contiguous().view(_extent(r, piece.size)) for r in piece.regions[0]]
+                yield piece.name, self._assemble(piece, [parts])
             return
         flat = self._share(held, [sum(self._numels(m)) for m in range(members)], mesh)
         parts = iter(flat.split([n for m in range(members) for n in self._numels(m)]))
@@ -164,7 +166,7 @@ class _Bucket:
             at = 0
             for piece in self.pieces:
                 for region in piece.regions[self.mine]:
-                    part = held[piece.megatron][region.local]
+                    part = region.of(held[piece.megatron])
                     flat[at : at + part.numel()].view(part.shape).copy_(part)
                     at += part.numel()
         if mesh.pp > 1 and len(flat):

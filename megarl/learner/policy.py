@@ -308,6 +308,7 @@ class Policy:
             self.spec.rope,
             self.mesh.cp_group,
             torch.promote_types(self.dtype, torch.float32),
+            self.spec.windows,
         )
         if self.routing is not None:
             row.routing = self.routing.begin(micro_batch, device)

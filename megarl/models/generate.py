@@ -117,10 +117,11 @@ def random_weights(spec: ModelSpec, seed: int, std: float, norm_std: float = 0.0
     A tensor depends on the seed, its name and its shape only, so adding a layer leaves the others as they were.
     """
     for name, size in convert.family(spec.family).hf_shapes(spec).items():
-        if len(size) == 1 and not norm_std:
+        is_norm = name.endswith("norm.weight")
+        if is_norm and not norm_std:
             yield name, torch.ones(size)
             continue
-        mean, spread = (1.0, norm_std) if len(size) == 1 else (0.0, std)
+        mean, spread = (1.0, norm_std) if is_norm else (0.0, std)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         yield name, torch.empty(size).normal_(mean, spread, generator=generator)

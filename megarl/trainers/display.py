@@ -258,6 +258,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("entropy", "policy/entropy", lambda x: f"{x:.3f}"),
     ("clipped", "policy/clip_frac", lambda x: f"{x:.1%}"),
     ("gap", "gap/logprob_mean", lambda x: f"{x:.1e}"),
+    ("sync", "sync/unchecked", lambda x: "UNCHECKED"),
     ("experts changed", "routing/update_changed", lambda x: f"{x:.2%}"),
     ("by the engine", "routing/engine_changed", lambda x: f"{x:.2%}"),
     ("grad norm", "policy/grad_norm", lambda x: f"{x:.3g}"),

@@ -47,7 +47,8 @@ def logits(chunks, spec, mesh) -> Tensor:
     from megarl.models.packing_params import PackedRow
 
     positions = torch.arange(TOKENS)
-    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.rope)
+    documents = torch.tensor([0, TOKENS], dtype=torch.int32)
+    row = PackedRow.build(documents, positions, spec.rope, windows=spec.windows)
     (chunk,) = chunks
     chunk.eval()
     neighbour = lambda step: dist.get_global_rank(mesh.pp_group, mesh.pp_rank + step)  # noqa: E731

@@ -3,7 +3,7 @@ from tests.families import Case
 MOE = dict(moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, head_dim=24, norm_topk_prob=True)
 
 CASES = {
-    "qwen3_moe": Case("Qwen3MoeConfig", MOE),
+    "qwen3_moe": Case("Qwen3MoeConfig", MOE, serve={"head_dim": 32}),
     "qwen3_moe-raw-gates": Case("Qwen3MoeConfig", MOE | {"norm_topk_prob": False}, layouts=()),
     "qwen3_moe-mixed-yarn": Case(
         "Qwen3MoeConfig",

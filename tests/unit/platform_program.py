@@ -28,11 +28,14 @@ def use_megatron() -> None:
     from megarl.config.schema import Config, Model, Optimizer
     from megarl.data.packing import pack
     from megarl.learner.policy import Policy
-    from megarl.models.spec import ModelSpec
+    from megarl.models.spec import ModelSpec, Rope
     from megarl.parallel import Mesh
     from megarl.types import Batch
 
-    spec = ModelSpec("qwen3_moe", 2, 32, 4, 2, 8, 64, 64, 64, 1e4, 1e-6, False, True, 4, 2, 16, True, (0, 1))
+    spec = ModelSpec(
+        "qwen3_moe", 2, 32, 4, 2, 8, 64, 64, 64, Rope(1e4, 8), 1e-6, False, "head",
+        num_experts=4, top_k=2, moe_intermediate_size=16, moe_layers=(0, 1),
+    )  # fmt: skip
     cfg = Config(model=Model(path="unused"))
     mesh = Mesh.build(cfg.parallel)
     policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3))

@@ -71,8 +71,7 @@ def refused(path: Path, *overrides: str, require=None) -> str:
         ("rl.algorithm.veto=1", ["rl.algorithm.veto = 1", "less than 1"]),
         ("rl.algorithm.fixed_length=0", ["rl.algorithm.fixed_length = 0", "greater than 0"]),
         ("sft=off", ["sft = false", "none", "YAML reads off"]),
-        ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "nearest that work: tp=2, tp=1"]),
-        ("parallel.tp=4", ["parallel.tp = 4", "2 key/value heads", "nearest that work: tp=2, tp=1"]),
+        ("parallel.tp=3", ["parallel.tp = 3", "8 attention heads", "nearest that work: tp=4, tp=2, tp=1"]),
         ("parallel.ep=3", ["parallel.ep = 3", "8 experts", "nearest that work: ep=4, ep=2, ep=1"]),
         ("parallel.etp=3", ["parallel.etp = 3", "64 expert", "nearest that work: etp=4, etp=2, etp=1"]),
         ("parallel.pp=3", ["parallel.pp = 3", "4 layers", "nearest that work: pp=4, pp=2, pp=1"]),
@@ -278,7 +277,7 @@ LONG = ["model.generate.context=64", "rollout.max_response_tokens=16", "rl.max_p
 QWEN3 = ["model.generate.family=qwen3"]
 REFUSED = {  # settings -> what is said about them
     ("parallel.tp=3",): "parallel.tp = 3: does not divide the model's 8 attention heads",
-    ("parallel.tp=4",): "parallel.tp = 4: does not divide the model's 2 key/value heads",
+    ("model.generate.num_heads=12", "model.generate.num_kv_heads=6", "parallel.tp=4"): "does not divide the model's 6 key",
     (*QWEN3, "model.generate.intermediate_size=255", "parallel.tp=2"): "parallel.tp = 2: does not divide the model's 255 in",
     ("parallel.ep=3",): "parallel.ep = 3: does not divide the model's 8 experts",
     ("parallel.ep=16",): "parallel.ep = 16: does not divide the model's 8 experts",
@@ -356,7 +355,7 @@ def test_a_dense_model_has_no_routing(base: Path, setting: str, require: str, sa
 
 def test_the_nearest_layouts_are_near(base: Path) -> None:
     """One change where one is enough, the world's size kept where it can be, and nothing switched on without need."""
-    assert suggestions(refused(base, "parallel.tp=4", "parallel.ep=2"))[0] == ["parallel.tp=2", "parallel.ep=2"]
+    assert suggestions(refused(base, "parallel.tp=3", "parallel.ep=2"))[0] == ["parallel.tp=4", "parallel.ep=2"]
     assert suggestions(refused(base, "parallel.tp=2", "parallel.pp=3", "parallel.nproc=8")) == [
         ["parallel.tp=2", "parallel.pp=4"], ["parallel.tp=2", "parallel.pp=2"], ["parallel.tp=2", "parallel.pp=1"]
     ]  # fmt: skip
@@ -410,7 +409,8 @@ def test_any_accepted_layout_divides_and_any_refusal_names_layouts_that_are_acce
         stages = stages and not (extra and layers + extra == p.pp * vpp)
     engine, heads = r.tensor_parallel * r.data_parallel, shape["num_kv_heads"]
     fits = (
-        shape["num_heads"] % p.tp == heads % p.tp == 0
+        shape["num_heads"] % p.tp == 0
+        and 0 in (heads % p.tp, p.tp % heads)
         and stages
         and shape["num_experts"] % p.ep == shape["moe_intermediate_size"] % p.etp == 0
         and shape["num_heads"] % r.tensor_parallel == 0

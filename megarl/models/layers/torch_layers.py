@@ -120,6 +120,11 @@ class PackedAttention(MegatronModule):
             self.q_layernorm, self.k_layernorm = (
                 HeadsNorm(config, width, spec.norm_eps, pg_collection.tp) for width in widths
             )
+        self.window = spec.windows[layer_number - 1] if spec.windows else 0
+        self.sinks = None
+        if spec.sinks:  # of the query heads of this rank
+            self.sinks = torch.nn.Parameter(torch.zeros(heads // tp, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.sinks, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
@@ -129,7 +134,7 @@ class PackedAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
         query = query.reshape(-1, self.groups * self.queries, self.head_dim)
-        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params)
+        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params, self.window, self.sinks)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +151,14 @@ class PackedAttention(MegatronModule):
         qkv = qkv.view(qkv.shape[0], -1, group_heads + 2, self.head_dim)[:, group : group + 1]
         query, key, value = qkv.split([group_heads, 1, 1], dim=2)
         return query[:, :, part * self.queries : (part + 1) * self.queries], key, value
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Of the linears and norms, and the sinks as shards over tp."""
+        out = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.sinks is not None:
+            axes = {"sinks": 0}
+            out |= make_sharded_tensors_for_checkpoint({"sinks": self.sinks}, prefix, axes, sharded_offsets)
+        return out
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
@@ -188,8 +201,19 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Causal attention inside each document of a packed row: `[n, heads, head_dim]` and two `[n, kv_heads, head_dim]`.
+
+    `window`: the last keys a query sees, itself included; 0: all. `sinks [heads]`: see `platform.sink_attention`.
+    `scale`: of the scores; none: 1 / sqrt(head_dim).
 
     One `scaled_dot_product_attention` per bucket of similar lengths: on a CPU that is faster than a mask over the whole
     row, and for documents of very different lengths it becomes a call per document. Under context parallelism keys and
@@ -199,16 +223,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     if row.cp_group is not None:
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=row.cp_group)
         key, value = both.split(key.shape[1], dim=1)
-    outputs = []
-    for bucket in row.buckets:
+    outputs, layout = [], row.layouts[window]
+    for bucket in layout.buckets:
         q, k, v = (
             (x if index is None else x.index_select(0, index))
             .view(bucket.documents, -1, *x.shape[1:])
             .transpose(1, 2)
             for x, index in ((query, bucket.index), (key, bucket.key_index), (value, bucket.key_index))
         )
-        causal = bucket.mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped)
+        if sinks is None:
+            causal = bucket.mask is None
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped, scale=scale
+            )
+        else:
+            out = platform.sink_attention(q, k, v, bucket.mask, sinks)
         outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if row.restore is None else out.index_select(0, row.restore)
+    return out if layout.restore is None else out.index_select(0, layout.restore)
