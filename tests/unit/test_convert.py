@@ -225,6 +225,8 @@ def test_fp8_blocks_are_read_and_written_by_the_formula(mesh, tmp_path):
     assert "quantization_config" in json.loads((tmp_path / "fp8" / "config.json").read_text())
     again, spec_again = build(tmp_path / "fp8", mesh)
     assert spec_again == spec and same(dict(stream_hf(again, spec, mesh)), by_hand)
+    name, part = "model.layers.0.self_attn.o_proj.weight", (slice(130, 140), slice(50, 90))  # in the second row of blocks
+    assert torch.equal(HFReader(tmp_path / "fp8").read(name, part), by_hand[name][part])
     save_hf(tmp_path / "plain", again, spec, mesh, dtype="float32", extra_from=tmp_path / "fp8")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert same(load_file(tmp_path / "plain" / "model.safetensors"), by_hand)
