@@ -7,7 +7,7 @@ CASES = {
     "olmoe-biases": Case(
         "OlmoeConfig",
         MOE | {"attention_bias": True, "norm_topk_prob": True},
-        layouts=(),
+        layouts=(dict(tp=4),),
         serve={"attention_bias": False},
     ),
 }
