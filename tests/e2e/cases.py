@@ -190,8 +190,10 @@ def _sync_with(trainer: Any, method: str, broken: Any) -> str:
     """A run's first sync with a broken step inside, so that log-probs have to tell."""
     from megarl.errors import RunFailed
     from megarl.platform.vllm_direct import Direct
+    from megarl.trainers import rl
 
-    plain = getattr(Direct, method)
+    plain, engine = getattr(Direct, method), rl.VLLMEngine()  # of the runs before
+    engine._stretches.clear()
     setattr(Direct, method, lambda direct, *arguments: broken(plain, direct, *arguments))
     try:
         trainer.prepare()
@@ -199,7 +201,7 @@ def _sync_with(trainer: Any, method: str, broken: Any) -> str:
         return str(error)
     finally:
         setattr(Direct, method, plain)
-        trainer.engine._stretches.clear()
+        engine._stretches.clear()
         trainer.loop.close()
     return "nothing was noticed"
 

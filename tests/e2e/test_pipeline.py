@@ -17,7 +17,8 @@ from tests.dist.harness import run_ranks
 from tests.e2e.program import STEPS, SUMS, Project
 
 # What differs between two runs that compute the same: clocks, memory, and rates made of them.
-CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds")
+CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
+CLOCKS += ("sync/gb_per_second", "sync/of_plain_copy")
 
 
 def without_clocks(row: dict[str, Any]) -> dict[str, Any]:

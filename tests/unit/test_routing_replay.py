@@ -39,14 +39,19 @@ class Layer(torch.nn.Module):
     def __init__(self, number: int, recomputed: bool, **config) -> None:
         super().__init__()
         router = SimpleNamespace(
-            config=SimpleNamespace(**(CONFIG | config)), routing_type=config.get("routing_type", "none"), expert_bias=None
+            config=SimpleNamespace(**(CONFIG | config)),
+            routing_type=config.get("routing_type", "none"),
+            expert_bias=None,
+            router_replay=None,
         )
         self.layer_number = number + 1
         self.mlp = SimpleNamespace(router=router, moe_layer_recompute=recomputed)
 
 
 def routing(spec=SPEC, recomputed: bool = False, tp: int = 1, tp_rank: int = 0, name: str = "policy", **config):
-    chunk = SimpleNamespace(decoder=SimpleNamespace(layers=[Layer(n, recomputed, **config) for n in range(spec.num_layers)]))
+    chunk = SimpleNamespace(
+        decoder=SimpleNamespace(layers=[Layer(n, recomputed, **config) for n in range(spec.num_layers)])
+    )
     return RoutingReplay([chunk], spec, SimpleNamespace(tp=tp, tp_rank=tp_rank), name)
 
 
