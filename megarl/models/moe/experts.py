@@ -74,7 +74,15 @@ class GroupedExperts(MegatronModule):
                 prefix + name, weight, *offsets, replica_id=replica, prepend_axis_num=axes
             )
 
-        return {
+        # of experts' delayed FP8 scales: the same on all ranks that have the same experts
+        own = (axes, ep.rank(), ep.size())
+        amaxes = {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                prefix + name, buffer, *sharded_offsets, own, replica_id=(0, etp.rank(), replica[2]), prepend_axis_num=axes
+            )
+            for name, buffer in self.named_buffers()
+        }
+        return amaxes | {
             f"{prefix}weight1": shard("weight1", self.weight1, 2),
             f"{prefix}weight2": shard("weight2", self.weight2, 2),
         }
