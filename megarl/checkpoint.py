@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,7 +117,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _sharded_policy(role: str, policy: Policy, is_loading: bool) -> dict[str, Any]:
-    model = _sharded_modules(role, policy.modules)
+    model = sharded_modules(role, policy.modules)
     out: dict[str, Any] = {"model": model}
     if policy.optimizer is not None:
         if is_loading:
@@ -153,25 +155,13 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(tracker)
 
 
-def save_model(path: Path, modules: list[torch.nn.Module], role: str = "policy") -> None:
-    """Write the weights of this rank's modules alone, named as in a run's checkpoint. Collective; `path` is there."""
-    dist_checkpointing.save(
-        {role: {"model": _sharded_modules(role, modules)}},
-        str(path),
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-    )
-
-
 def model_role(path: Path) -> Role:
     """Whose weights a checkpoint's shards are converted: the policy's, or a reward model's where there is no policy.
 
     Raises BadInput when the shards are damaged or hold neither.
     """
-    try:
+    with damaged(path):
         names = dist_checkpointing.load_tensors_metadata(str(path))
-    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({line}); give another one") from None
     found = {name.partition(".")[0] for name in names}
     for role in ("policy", "reward"):
         if role in found:
@@ -184,14 +174,23 @@ def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
 
     Raises BadInput when the shards are damaged or belong to another model.
     """
-    try:
-        loaded = dist_checkpointing.load({role: {"model": _sharded_modules(role, modules)}}, str(path))
-    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise BadInput(f"{path}: cannot be read as a checkpoint of this model ({line}); give another one") from None
+    with damaged(path):
+        loaded = dist_checkpointing.load({role: {"model": sharded_modules(role, modules)}}, str(path))
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[role]["model"][f"model{index}"], strict=False)
 
 
-def _sharded_modules(role: str, modules: list[torch.nn.Module]) -> dict[str, Any]:
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Raises BadInput when the shards at `path`, read inside it, are damaged or belong to another model."""
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        line = " ".join(str(causes[0]).split())[:300]
+        raise BadInput(f"{path}: cannot be read as a checkpoint of this model ({line}); give another one") from None
+
+
+def sharded_modules(role: str, modules: list[torch.nn.Module]) -> dict[str, Any]:
+    """The shards of this rank's modules, named as in a run's checkpoint."""
     return {f"model{index}": module.sharded_state_dict(prefix=f"{role}.") for index, module in enumerate(modules)}

@@ -317,6 +317,41 @@ def layout_rank(folder: Path, name: str) -> None:
     _work(work)
 
 
+@verify_app.command()
+def conversion(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face checkpoint folder.", show_default=False)],
+    layouts: Annotated[
+        str, typer.Option(metavar="one,tp2,...", help="Layouts to go through (default: all that fit).", show_default=False)
+    ] = "",
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes at most.")] = 8,
+) -> None:
+    """Weights through every layout and back in bytes, and log-probs and logits against transformers.
+
+    A model larger than memory: its weights by streaming, logits of a small copy. Exit code 1 on a difference.
+
+    Example: [bold]megarl verify conversion models/Qwen3-30B-A3B --layouts tp2,pp2,ep2[/bold]
+    """
+    if launcher.is_rank():
+        raise BadInput("verify conversion starts its own ranks: run it without torchrun")
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give a checkpoint folder")
+    from megarl.verify.conversion import verify_conversion
+
+    verify_conversion(folder, [name for name in layouts.split(",") if name], nproc)
+
+
+@verify_app.command(name="conversion-rank", hidden=True)
+def conversion_rank(folder: Path, name: str) -> None:
+    """A rank of `verify conversion`."""
+
+    def work() -> None:
+        from megarl.verify.conversion import run_rank
+
+        run_rank(folder, name)
+
+    _work(work)
+
+
 @verify_app.command(name="algorithms")
 def verify_algorithms(
     vectors: Annotated[
@@ -362,42 +397,69 @@ def drift(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder to read.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="hf (safetensors) or megatron (distributed checkpoint).")],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree to convert with.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline parallel degree to convert with.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Expert parallel degree to convert with.")] = 1,
-    etp: Annotated[int, typer.Option(min=1, help="Expert tensor parallel degree to convert with.")] = 1,
+    to: Annotated[str, typer.Option(help="hf (safetensors) or megatron (distributed checkpoint).", show_default=False)],
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar="tp=2,pp=2,ep=2", help="Layout to convert with, a process a rank (default: one).", show_default=False
+        ),
+    ] = "",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="bf16|fp32|fp8", help="Precision (default: as it is); fp8: in blocks.", show_default=False),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint between Hugging Face and Megatron. The result loads in any layout.
+    """Convert a checkpoint between Hugging Face and Megatron, a layer at a time. The result loads in any layout.
+
+    The same command goes on where a stopped one was.
 
     Example: [bold]megarl convert runs/quickstart/rl/checkpoints/step_000100 /tmp/model --to hf[/bold]
     """
-    import math
     import shutil
-
-    from megarl.config import Parallel
 
     if to not in ("hf", "megatron"):
         raise BadInput(f"--to {to}: set hf or megatron")
+    if dtype not in (None, "bf16", "fp32", "fp8"):
+        raise BadInput(f"--dtype {dtype}: set bf16, fp32 or fp8")
+    if dtype == "fp8" and to == "megatron":
+        raise BadInput("--dtype fp8: the learner computes in bf16 or fp32; set one of them, or --to hf")
     if not source.is_dir():
         raise BadInput(f"{source}: no such folder; give a checkpoint folder")
-    parallel = Parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+    layout, world = _degrees(parallel)
     if not launcher.is_rank():
         if target.exists():
             raise BadInput(f"{target}: exists; give a folder that does not")
         logs = Path(tempfile.mkdtemp(prefix="megarl-convert-"))
         command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
-        code = launcher.launch(command, math.lcm(tp * pp, etp * ep * pp), logs, grace_seconds=8)
+        code = launcher.launch(command, world, logs, 8, env={"CUDA_VISIBLE_DEVICES": ""})
         if code in (0, 2):
             shutil.rmtree(logs)
         raise typer.Exit(code)
 
     def work() -> None:
-        from megarl.learner.convert_checkpoint import convert_checkpoint
+        from megarl.learner.convert_checkpoint import Progress, convert_checkpoint
+        from megarl.trainers.display import Transfer
 
-        convert_checkpoint(source, target, to, parallel)
+        with Transfer(f"convert to {to}", launcher.terminal()) as shown:
+            convert_checkpoint(source, target, to, layout, dtype, Progress(shown.start, shown.add, shown.note))
 
     _work(work)
+
+
+def _degrees(text: str) -> tuple[Any, int]:
+    """The layout that `tp=2,ep=2` says, and its ranks."""
+    import math
+
+    from megarl.config import Parallel
+
+    given: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in ("tp", "pp", "vpp", "ep", "etp") or not value.isdigit() or not int(value) or name in given:
+            raise BadInput(f"--parallel {text}: {part} is not a degree; give tp, pp, vpp, ep or etp, such as tp=2,ep=2")
+        given[name] = int(value)
+    parallel = Parallel(**given)
+    return parallel, math.lcm(parallel.tp * parallel.pp, parallel.etp * parallel.ep * parallel.pp)
 
 
 @app.command()

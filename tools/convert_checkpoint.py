@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""tools/convert_checkpoint.py SRC DST --to hf|megatron [--tp N --pp N --ep N --etp N]: the same as `megarl convert`."""
+"""tools/convert_checkpoint.py SRC DST --to hf|megatron [--parallel tp=N,pp=N,ep=N] [--dtype D]: the same as `megarl convert`."""
 
 import sys
 

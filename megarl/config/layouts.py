@@ -168,6 +168,8 @@ def _learner(p: Parallel, shape: Shape) -> Iterator[Misfit]:
     if shape.is_moe:
         yield from _divides("parallel.ep", p.ep, "experts", found["num_experts"], shape)
         yield from _divides("parallel.etp", p.etp, "expert intermediate columns", found["moe_intermediate_size"], shape)
+        if p.etp > 1 and found["model_type"] in families.EXPERT_BIASES:
+            yield Misfit(f"parallel.etp = {p.etp}: {shape.whose} experts have biases, which cannot be shared out")
     if shape.has_dense_mlp and found.get("intermediate_size"):
         yield from _divides("parallel.tp", p.tp, "intermediate columns", found["intermediate_size"], shape)
 

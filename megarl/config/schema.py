@@ -400,6 +400,9 @@ class Rollout(Section):
     """Longest prompt + response the engine accepts; none: the model's context."""
     sync_threshold: Annotated[float, Field(gt=0)] | None = None
     """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16."""
+    sync_check: Literal["probe", "full", "none"] = "probe"
+    """How a weight sync is checked: probe compares both engines' log-probs of fixed sequences, full also a checksum of every
+    tensor (several times the sync itself), none nothing."""
     probe_sequences: Positive = 4
     """Fixed sequences each weight sync is checked with."""
     routed_experts: bool = False

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megarl.convert.hf_config import HARMLESS, Key, read_rope, refuse_others, write_rope
+from megarl.convert.hf_config import (
+    HARMLESS,
+    Key,
+    read_rope,
+    read_windows,
+    refuse_others,
+    refuse_windows,
+    write_rope,
+    write_windows,
+)
 from megarl.convert.rules import Rule, plain
 from megarl.errors import BadInput
 from megarl.models.spec import Head, ModelSpec
@@ -31,8 +40,10 @@ class Family:
     write_extra: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     extra_keys: tuple[str, ...] = ()
     rope_theta: float = 10_000.0  # when config.json has none
-    interleaved_rope: bool = False
-    partial_rope: bool = False  # whether partial_rotary_factor counts
+    interleaved_rope: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    partial_rope: float = 1.0  # partial_rotary_factor when config.json has none; 1: it must be 1
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # when config.json has none
+    window: int = 0  # of every other layer when config.json has none; 0: sliding_window does not count
     # how the names of tensors begin that the learner has no use for and an export writes back
     aside: Callable[[ModelSpec], tuple[str, ...]] = lambda spec: ()
     special: tuple[str, ...] = (
@@ -51,13 +62,16 @@ class Family:
         mapped |= {*self.special, *self.extra_keys}
         refuse_others(config, mapped, self.fixed, HARMLESS, where)
         head = self._read_head(config, where)
-        windowed = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
-        if windowed:
-            raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only 'full_attention' layers are supported")
+        if not (config.get("rope_parameters") or config.get("rope_scaling")) and self.rope_scaling:
+            config = {**config, "rope_scaling": self.rope_scaling}
         fields = {key.field: key.read(config, where) for key in self.keys}
         fields |= {"family": self.model_type, "head": head, **self.same, **self.read_extra(config, where)}
+        if self.window:
+            fields["windows"] = read_windows(config, fields["num_layers"], self.window, where)
+        else:
+            refuse_windows(config, where)
         rotated = fields.get("rope_head_dim") or fields["head_dim"]
-        rope = read_rope(config, rotated, where, self.interleaved_rope, self.partial_rope, self.rope_theta)
+        rope = read_rope(config, rotated, where, self.interleaved_rope(config), self.partial_rope, self.rope_theta)
         spec = ModelSpec(**fields, rope=rope)
         if spec.num_heads % spec.num_kv_heads:
             raise BadInput(
@@ -74,8 +88,13 @@ class Family:
         config |= self.scorer_config() if spec.head == "scalar" else {}
         config |= {key.name: getattr(spec, key.field) for key in self.keys}
         config |= write_rope(spec.rope, spec.rope_head_dim or spec.head_dim)
+        config |= write_windows(spec.windows, spec.num_layers, self.window) if self.window else {}
         config |= {name: values[0] for name, values in self.fixed.items()}
         return config | self.write_extra(spec)
+
+    def implied(self) -> dict[str, Any]:
+        """Keys whose only value transformers leaves out of a config.json and vLLM asks for."""
+        return {name: values[0] for name, values in self.fixed.items() if values[0] is not None}
 
     @property
     def scorer(self) -> str:
@@ -120,6 +139,11 @@ class Family:
         if spec.tie_embeddings:  # a last pipeline stage holds a copy of the embedding as its output layer
             return replace(rule, hf=("model.embed_tokens.weight",), exported=False)
         return rule
+
+    def own_dtypes(self, spec: ModelSpec) -> dict[str, str]:
+        """The tensors that keep their precision whatever the model's is, and which."""
+        rules = [rule for block in self.blocks(spec) for rule in block if rule.exported and rule.dtype]
+        return {name: rule.dtype for rule in rules for name in rule.hf_shapes(spec)}
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint, in the order of export."""

@@ -57,6 +57,10 @@ HARMLESS = frozenset(
         "max_window_layers",
         "pretraining_tp",
         "router_jitter_noise",
+    "auto_map",
+    "aux_loss_alpha",
+    "ep_size",
+    "seq_aux",
     ]
 )
 
@@ -114,13 +118,13 @@ def read_rope(
     head_dim: int,
     where: str,
     interleaved: bool = False,
-    partial: bool = False,
+    partial: float = 1.0,
     theta: float = 10_000.0,
 ) -> Rope:
     """The rotary positions of heads of `head_dim`, in transformers 5 form (`rope_parameters`) or 4 form.
 
-    `theta`: the base when config.json has none. `partial`: whether the family heeds partial_rotary_factor, which the
-    others ignore. Raises BadInput for what is not implemented.
+    `theta`, `partial`: the base and partial_rotary_factor when config.json has none; families with 1 ignore the latter.
+    Raises BadInput for what is not implemented.
     """
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
@@ -134,8 +138,8 @@ def read_rope(
         "partial_rotary_factor": given.pop("partial_rotary_factor", None),
         "v4": config.get("partial_rotary_factor"),
     }
-    part = Key("part", "partial_rotary_factor", float, 1.0, ("v4",)).read(both, where)
-    if part != 1 and not partial:
+    part = Key("part", "partial_rotary_factor", float, partial, ("v4",)).read(both, where)
+    if part != 1 == partial:
         raise BadInput(f"{where}: partial_rotary_factor={part} is not supported for this model_type; it must be 1")
     for key in given:
         if kind not in ROPE_KEYS.get(key, ()):
@@ -160,6 +164,36 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     scaling = {} if rope.kind == "default" else {"rope_scaling": {"rope_type": rope.kind, **values}}
     parameters = {"rope_theta": rope.theta, "rope_type": rope.kind, **part, **values}
     return {"rope_theta": rope.theta, "rope_parameters": parameters, **part, **scaling}
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # of layer_types
+
+
+def refuse_windows(config: Mapping[str, Any], where: str) -> None:
+    """Raises BadInput for layers that do not see all keys."""
+    windowed = [kind for kind in config.get("layer_types") or [] if kind != FULL]
+    if windowed:
+        raise BadInput(f"{where}: layer_types has {windowed[0]!r}; only {FULL!r} layers are supported")
+
+
+def read_windows(config: Mapping[str, Any], layers: int, default: int, where: str) -> tuple[int, ...]:
+    """`ModelSpec.windows`. Without layer_types every other layer slides, from the first on; `default`: their window.
+
+    Raises BadInput for other kinds of layers and for sliding ones without a window.
+    """
+    kinds = config.get("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
+    if len(kinds) != layers or not {*kinds} <= {FULL, SLIDING}:
+        raise BadInput(f"{where}: layer_types={kinds!r} must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
+    if SLIDING not in kinds:
+        return ()
+    window = checked("sliding_window", config.get("sliding_window", default), int, where)
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)
+
+
+def write_windows(windows: tuple[int, ...], layers: int, default: int) -> dict[str, Any]:
+    """The keys of config.json that `read_windows` reads; `default` where no layer slides, since transformers wants one."""
+    kinds = [SLIDING if window else FULL for window in windows or (0,) * layers]
+    return {"sliding_window": max(windows, default=default), "layer_types": kinds}
 
 
 def refuse_others(

@@ -1,25 +1,23 @@
-"""Hugging Face folders on disk: lazy reading and sharded, atomic writing. Safetensors only; nothing is unpickled."""
+"""Hugging Face folders on disk: their JSON files, what lies beside the weights, and how a new one appears whole."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from megarl.errors import BadInput
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROVENANCE = "megarl_generate.json"  # the settings a checkpoint was generated from
-FLOATS = ("F64", "F32", "F16", "BF16")
+MANIFEST = ".megarl_convert.json"  # in a temporary folder: what it will be
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -66,145 +64,88 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class HFReader:
-    """Tensors of a checkpoint folder, read by ranges; files are opened (memory-mapped) when first needed.
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the place `path` against other processes; a process that dies lets go of it.
 
-    Raises BadInput, in one line, for a missing or truncated file, a missing tensor, a shape other than expected, and
-    numbers that are not plain floats.
+    Raises BadInput when another one holds it, naming it, or the place cannot be written.
     """
-
-    def __init__(self, path: str | Path):
-        self.folder = Path(path)
-        self._open: dict[str, Any] = {}
-        if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX, "download the checkpoint again").get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise BadInput(f"{self.folder / INDEX}: weight_map is missing; download the checkpoint again")
-            self.files: dict[str, str] = weight_map
-        elif (self.folder / SINGLE).exists():
-            self.files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
-        else:
-            raise BadInput(
-                f"{self.folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read, "
-                "convert other formats with transformers' save_pretrained first"
-            )
-
-    def _file(self, name: str):
-        if name not in self._open:
+    lock = Path(path).parent / f".{Path(path).name}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = lock.open("a+")
             try:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
-            except FileNotFoundError:
-                raise BadInput(
-                    f"{self.folder / name}: no such file, though {INDEX} names it; download it again"
-                ) from None
-            except (SafetensorError, OSError) as error:
-                raise BadInput(
-                    f"{self.folder / name}: truncated or not a safetensors file ({one_line(error)}); download it again"
-                ) from None
-        return self._open[name]
-
-    def _slice(self, name: str):
-        if name not in self.files:
-            raise BadInput(f"{self.folder}: tensor {name} is missing; the files do not fit config.json")
-        try:
-            return self._file(self.files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise BadInput(
-                f"{self.folder / self.files[name]}: no tensor {name}, though {INDEX} names it ({one_line(error)}); "
-                "download it again"
-            ) from None
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """The tensor is there, has this shape and holds floats. Raises BadInput otherwise."""
-        entry = self._slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise BadInput(
-                f"{self.folder / self.files[name]}: {name} has shape {list(entry.get_shape())} where config.json "
-                f"makes it {list(shape)}; use the config.json that belongs to these weights"
-            )
-        if entry.get_dtype() not in FLOATS:
-            raise BadInput(
-                f"{self.folder / self.files[name]}: {name} is stored as {entry.get_dtype()}; only "
-                f"{', '.join(FLOATS)} are read, give the unquantised checkpoint"
-            )
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """`tensor[index]` on the CPU, in the file's dtype; only these bytes are read."""
-        return self._slice(name)[index]
-
-
-def check_names(reader: HFReader, expected: set[str], harmless: tuple[str, ...]) -> None:
-    """Raises BadInput when the file holds a tensor that this model would not use."""
-    for name in sorted(reader.files):
-        if name not in expected and not name.endswith(harmless):
-            raise BadInput(
-                f"{reader.folder}: tensor {name} belongs to no part of this model; "
-                "use the config.json that belongs to these weights"
-            )
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise BadInput(f"{path}: {holder} writes there ({lock}); wait for its end or give another folder") from None
+            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                break
+            file.close()  # its last holder removed it between our two calls
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); give a folder you can write to") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, settings: dict[str, Any] | None = None) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well and vanishes otherwise.
 
-    Whatever stood at `path` is replaced in one rename. Raises BadInput when the place cannot be written.
+    Whatever stood at `path` is replaced in one rename. With `settings`, what describes the work completely, the
+    temporary folder of a failed or killed attempt stays, and an attempt with the same settings finds it as it was.
+    Raises BadInput when the place cannot be written or another process writes there.
     """
     target = Path(path)
-    temporary, old = (target.parent / f".{target.name}.{kind}-{os.getpid()}" for kind in ("new", "old"))
+    temporary, old = (target.parent / f".{target.name}.{kind}" for kind in ("new", "old"))
+    with locked(target):
+        try:
+            if not (settings and (temporary / MANIFEST).exists() and _manifest(temporary) == settings):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                if settings:
+                    write_json(temporary / MANIFEST, settings)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise BadInput(f"{target}: cannot be written ({error.strerror}); give a folder you can write to") from None
+        resumable = settings is not None
+        try:
+            yield temporary
+            (temporary / MANIFEST).unlink(missing_ok=True)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+        except BaseException as error:
+            resumable = resumable and not isinstance(error, BadInput)
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        finally:
+            if not resumable:
+                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be written ({error.strerror}); give a folder you can write to") from None
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
 
 
-class ShardedWriter:
-    """Writes tensors to safetensors files of at most `max_bytes` (but at least one tensor), with an index if several.
-
-    Holds copies of at most one file's tensors in host memory.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int = 2 << 30):
-        self.folder, self.max_bytes = folder, max_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = self.total_bytes = 0
-        self.parts: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if self.pending and self.pending_bytes + size > self.max_bytes:
-            self._flush()
-        self.pending[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
-        self.pending_bytes += size
-
-    def _flush(self) -> None:
-        self.parts.append(list(self.pending))
-        save_file(self.pending, self.folder / f"part-{len(self.parts)}", metadata={"format": "pt"})
-        self.total_bytes += self.pending_bytes
-        self.pending, self.pending_bytes = {}, 0
-
-    def close(self) -> None:
-        """Writes what is left, and gives the files the names transformers and vLLM look for."""
-        self._flush()
-        count = len(self.parts)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        for i, name in enumerate(names):
-            (self.folder / f"part-{i + 1}").rename(self.folder / name)
-        if count > 1:
-            weight_map = {tensor: name for name, part in zip(names, self.parts) for tensor in part}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / INDEX, index)
+def fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of the files a conversion reads, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -212,8 +153,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_side_files(source: str | Path, folder: Path) -> None:
-    """What a checkpoint folder holds besides weights: config.json, tokenizer, generation config, chat template."""
-    for file in sorted(Path(source).iterdir()):
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-        if file.is_file() and not weights and not file.name.endswith(".index.json") and file.name != PROVENANCE:
-            shutil.copyfile(file, folder / file.name)
+    """What a checkpoint folder holds besides weights: config.json, tokenizer, generation config, templates, code.
+
+    Folders in it too, but hidden ones. Nothing of it is run.
+    """
+    for entry in sorted(Path(source).iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            (folder / entry.name).mkdir()
+            copy_side_files(entry, folder / entry.name)
+            if not any((folder / entry.name).iterdir()):
+                (folder / entry.name).rmdir()
+        elif entry.is_file() and not entry.name.endswith((*WEIGHTS, ".index.json", PROVENANCE)):
+            shutil.copyfile(entry, folder / entry.name)

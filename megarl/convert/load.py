@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megarl.config.schema import Parallel
+from megarl.convert.encodings import QUANTISED, encoding_of
 from megarl.convert.families import family
 from megarl.convert.family import LAYER, OUTPUT
-from megarl.convert.hf_io import HFReader, check_names, read_config
+from megarl.convert.hf_io import read_config
+from megarl.convert.reader import HFReader, check_names
 from megarl.convert.rules import Rule, Shard
 from megarl.errors import BadInput, RunFailed
 from megarl.models.spec import ModelSpec
@@ -25,6 +28,8 @@ def read_spec(path: str | Path) -> ModelSpec:
     """
     where = str(Path(path) / "config.json")
     config = read_config(path)
+    encoding_of(config, where)  # how the weights are stored is no part of the architecture
+    config.pop(QUANTISED, None)
     return family(config.get("model_type"), where).read_config(config, where)
 
 
@@ -35,32 +40,51 @@ def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) ->
     Only the ranges this rank holds are read. A model with a scalar head takes all but the head from a language model
     and keeps its own. Raises BadInput when the files are damaged or do not fit `spec`.
     """
-    table, reader, shard = family(spec.family), HFReader(path), Shard.of(mesh)
-    found = replace(spec, head=read_spec(path).head)
-    ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tie_embeddings else ()))
-    check_names(reader, set(table.hf_shapes(found)), ignored)
+    reader, shard = open_weights(path, spec), Shard.of(mesh)
+    scored = read_spec(path).head != spec.head
     for name, (rule, tensor) in matched(chunks, spec).items():
-        if name == OUTPUT and found.head != spec.head:
+        if name == OUTPUT and scored:
             continue
-        for hf_name, size in _shapes_on(rule, spec, shard).items():
-            reader.check(hf_name, size)
         if tuple(tensor.shape) != rule.local_shape(spec, shard):
             raise RunFailed(
                 f"load: {rule.megatron} has shape {list(tensor.shape)} in the learner where the {spec.family} table "
                 f"expects {list(rule.local_shape(spec, shard))}"
             )
-        regions = rule.regions(spec, shard)
-        covered = sum(tensor[region.local].numel() for region in regions)
-        if covered < tensor.numel():
-            tensor.zero_()
-        for region in regions:
-            tensor[region.local].copy_(reader.read(region.hf_name, region.hf))
+        load_parameter(reader, rule, spec, shard, tensor)
 
 
-def _shapes_on(rule: Rule, spec: ModelSpec, shard: Shard) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors this rank reads: of all experts, only its own."""
+def layout_problem(spec: ModelSpec, parallel: Parallel) -> str | None:
+    """Why the model's weights cannot be cut as a layout says, in words; None: they can."""
+    stages = parallel.pp * (parallel.vpp or 1)
+    counts = {
+        "attention heads over tp": (spec.num_heads, parallel.tp),
+        "layers over pp x vpp": (spec.num_layers, stages if not parallel.first_stage_layers else 1),
+        "experts over ep": (spec.num_experts, parallel.ep),
+        "columns of an expert over etp": (spec.moe_intermediate_size, parallel.etp),
+    }
+    return next((f"{n} {what} = {by} do not divide" for what, (n, by) in counts.items() if n % by), None)
+
+
+def open_weights(path: str | Path, spec: ModelSpec) -> HFReader:
+    """The weights of a folder, once no tensor in it is unknown to the model. Raises BadInput."""
+    table, reader = family(spec.family), HFReader(path)
+    found = replace(spec, head=read_spec(path).head)
+    ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tie_embeddings else ()))
+    check_names(reader, set(table.hf_shapes(found)), ignored, table.aside(found))
+    return reader
+
+
+@torch.no_grad()
+def load_parameter(reader: HFReader, rule: Rule, spec: ModelSpec, shard: Shard, tensor: Tensor) -> None:
+    """Fills one parameter of a rank, of shape `rule.local_shape`. Raises BadInput when the files do not fit."""
+    regions = rule.regions(spec, shard)
     shapes = rule.hf_shapes(spec)
-    return {region.hf_name: shapes[region.hf_name] for region in rule.regions(spec, shard)}
+    for name in dict.fromkeys(region.hf_name for region in regions):  # of all experts, only this rank's
+        reader.check(name, shapes[name])
+    if sum(tensor[region.local].numel() for region in regions) < tensor.numel():
+        tensor.zero_()
+    for region in regions:
+        reader.read_into(region.of(tensor), region.hf_name, region.hf)
 
 
 def matched(

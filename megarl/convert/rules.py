@@ -5,12 +5,16 @@ they have in common for one rank. Loading copies every region from the file, exp
 directions cannot disagree. Regions only move numbers: no rule computes.
 
 Letters in shapes (`dims`): V vocabulary, H hidden size, Q query heads x head width, K key/value heads x head width,
-D head width, F dense MLP width, E experts, M expert width, S width of the shared experts, 1 one.
+D head width, N query heads, F dense MLP width, E experts, M expert width, U both gate and up of an expert (2 M), S width
+of the shared experts, 1 one. Of latent attention: A latent of the queries, C of keys and values, B with the rotated key,
+X both of all heads, Y values of all heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from megarl.models.spec import ModelSpec
 
@@ -47,11 +51,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class Region:
-    """`tensor[hf_name][hf]` and `parameter[local]` are the same numbers in the same shape."""
+    """`tensor[hf_name][hf]` and `parameter[local]` are the same numbers, in the same shape unless there is an `order`.
+
+    `order`: the dimensions of `parameter[local]` as they follow each other in the file, where neighbours may be one.
+    """
 
     hf_name: str
     hf: tuple[slice, ...]
     local: Index
+    order: tuple[int, ...] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of a parameter whose numbers come in the order of the file."""
+        part = parameter[self.local]
+        return part if self.order is None else part.permute(self.order)
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,12 @@ class Rule:
     dims: tuple[str, ...]  # shape of each Hugging Face tensor
     split: int | None = None
     exported: bool = True  # False: loaded from `hf`, written by another rule
+    dtype: str | None = None  # of a buffer, which keeps it in every precision; none: a parameter, in the model's
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it has no gradient."""
+        return self.dtype is not None
 
     @property
     def group(self) -> str:
@@ -189,6 +208,34 @@ class Experts(Rule):
         return out
 
 
+@dataclass(frozen=True)
+class StackedExperts(Rule):
+    """Local experts [E/ep, ...] of one Hugging Face tensor of all experts [E, ...], whose dimensions are in `order`.
+
+    A last dimension U of the tensor holds gate and up column by column in turns, and counts as two, [..., M, 2]. Not cut
+    over etp.
+    """
+
+    order: tuple[int, ...] = ()
+
+    @property
+    def group(self) -> str:
+        return "expert"
+
+    def local_shape(self, spec: ModelSpec, shard: Shard) -> tuple[int, ...]:
+        full = shape(spec, self.dims[0])
+        sizes = [full[0] // shard.ep, *full[1:]]
+        if self.dims[0].endswith("U"):
+            sizes = [*sizes[:-1], sizes[-1] // 2, 2]
+        return tuple(sizes[self.order.index(i)] for i in range(len(sizes)))
+
+    def regions(self, spec: ModelSpec, shard: Shard) -> list[Region]:
+        experts, *rest = shape(spec, self.dims[0])
+        n = experts // shard.ep
+        hf = (slice(shard.ep_rank * n, (shard.ep_rank + 1) * n), *(slice(0, m) for m in rest))
+        return [Region(self.hf[0], hf, (slice(0, n),), self.order)]
+
+
 def shape(spec: ModelSpec, dims: str) -> tuple[int, ...]:
     """The numbers behind the letters of `dims`: `shape(spec, "VH")` is `(vocab_size, hidden_size)`."""
     letters = {
@@ -197,10 +244,17 @@ def shape(spec: ModelSpec, dims: str) -> tuple[int, ...]:
         "Q": spec.num_heads * spec.head_dim,
         "K": spec.num_kv_heads * spec.head_dim,
         "D": spec.head_dim,
+        "N": spec.num_heads,
         "F": spec.intermediate_size,
         "E": spec.num_experts,
         "M": spec.moe_intermediate_size,
+        "U": 2 * spec.moe_intermediate_size,
         "S": spec.shared_width,
+        "A": spec.q_lora_rank,
+        "C": spec.kv_lora_rank,
+        "B": spec.kv_lora_rank + spec.rope_head_dim,
+        "X": spec.num_heads * (spec.nope_head_dim + spec.v_head_dim),
+        "Y": spec.num_heads * spec.v_head_dim,
         "1": 1,
     }
     return tuple(letters[letter] for letter in dims)
@@ -229,3 +283,8 @@ def gate_up(megatron: str, gate: str, up: str, dims: str = "FH") -> Rule:
 def experts(megatron: str, *hf: str, dims: str, split: int) -> Rule:
     """One matrix (or gate and up) of every expert in one tensor."""
     return Experts(megatron, hf, (dims,) * len(hf), split)
+
+
+def stacked_experts(megatron: str, hf: str, dims: str, order: tuple[int, ...]) -> Rule:
+    """All experts of one Hugging Face tensor; `order`: of the parameter's dimensions in it."""
+    return StackedExperts(megatron, (hf,), (dims,), None, order=order)

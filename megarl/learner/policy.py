@@ -24,6 +24,7 @@ from megarl.models.fp8 import recipe_of
 from megarl.models.layers.fp8_layers import FP8Layers
 from megarl.models.layers.lm_head import output_weight
 from megarl.models.log_probs import linear_log_probs
+from megarl.models.moe.groups import keep_selection_bias
 from megarl.models.moe.replay import RoutingReplay, RowRouting
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
@@ -93,9 +94,11 @@ class Policy:
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
-                parameter.requires_grad = not name.endswith("mlp.router.weight")
+                parameter.requires_grad = ".mlp.router." not in name
         is_half = self.dtype is torch.bfloat16
         self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
+        for module in self._modules:
+            keep_selection_bias(module)
         # after the wrapper, which would make bfloat16 of its float32 buffers
         self.fp8 = FP8Layers.of(self._modules, cfg.model, spec, mesh)
         self.optimizer = self.schedule = None
@@ -314,6 +317,7 @@ class Policy:
             self.spec.rope,
             self.mesh.cp_group,
             torch.promote_types(self.dtype, torch.float32),
+            self.spec.windows,
         )
         if self.fp8 is not None:
             row.real = self.fp8.real_rows(micro_batch)

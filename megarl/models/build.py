@@ -32,9 +32,11 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     get_transformer_layer_offset,
 )
 
+from megarl.models.layers.latent_attention import LatentAttention  # noqa: E402
 from megarl.models.layers.lm_head import LMHead  # noqa: E402
 from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
 from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
+from megarl.models.moe.groups import limit_groups  # noqa: E402
 from megarl.models.moe.layer import MoE  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -59,6 +61,10 @@ def transformer_config(
             moe_router_pre_softmax=not spec.norm_topk_prob,
             moe_shared_expert_intermediate_size=spec.shared_width or None,
             moe_shared_expert_gate=spec.shared_gate,
+            moe_router_score_function=spec.router_score,
+            moe_router_topk_scaling_factor=None if spec.router_scaling == 1 else spec.router_scaling,
+            moe_router_enable_expert_bias=spec.selection_bias,
+            moe_router_bias_update_rate=0.0,  # the bias is the checkpoint's
             moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
             moe_aux_loss_coeff=aux_loss_coef,
             # the router computes at least as precisely as the rest
@@ -82,7 +88,7 @@ def transformer_config(
         qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=spec.expert_bias,  # of the routers and experts; attention asks the spec
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -132,7 +138,9 @@ def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=PackedAttention, params={"spec": spec}),
+            self_attention=ModuleSpec(
+                module=LatentAttention if spec.kv_lora_rank else PackedAttention, params={"spec": spec}
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -152,6 +160,11 @@ def build_model(
     """
     if model.layers == "te":
         raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
+    if spec.expert_bias and mesh.etp > 1:
+        raise BadInput(
+            f"parallel.etp = {mesh.etp}: the experts of {spec.family} have biases, which cannot be shared out; "
+            "set parallel.etp: 1 and use parallel.ep"
+        )
     config = transformer_config(spec, model, mesh, parallel, aux_loss_coef)
     model_parallel_cuda_manual_seed(1)
     chunks = []
@@ -177,5 +190,7 @@ def build_model(
         if last:
             scalar = spec.head == "scalar"
             chunk.output_layer = ScalarHead(config, mesh.tp_group) if scalar else LMHead(chunk.output_layer)
+        if spec.router_groups > 1:
+            limit_groups(chunk, spec)
         chunks.append(chunk.to(platform.device()))
     return chunks

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megarl import convert
 from megarl.config.schema import Generate, Model, Tokenizer
-from megarl.convert.hf_io import PROVENANCE, ShardedWriter, new_folder, read_json, write_json
+from megarl.convert.hf_io import PROVENANCE, new_folder, read_json, write_json
+from megarl.convert.writer import ShardedWriter
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec, Rope
 
@@ -75,7 +76,7 @@ def generate_checkpoint(path: str | Path, gen: Generate) -> None:
         write_json(folder / "config.json", config)
         tokens = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
         write_json(folder / "generation_config.json", {"do_sample": True, **tokens})
-        writer = ShardedWriter(folder)
+        writer = ShardedWriter(folder, {name: (torch.float32, size) for name, size in family.hf_shapes(spec).items()})
         for name, tensor in random_weights(spec, gen.seed, gen.init_std):
             writer.add(name, tensor)
         writer.close()
@@ -116,10 +117,11 @@ def random_weights(spec: ModelSpec, seed: int, std: float, norm_std: float = 0.0
     A tensor depends on the seed, its name and its shape only, so adding a layer leaves the others as they were.
     """
     for name, size in convert.family(spec.family).hf_shapes(spec).items():
-        if len(size) == 1 and not norm_std:
+        is_norm = name.endswith("norm.weight")
+        if is_norm and not norm_std:
             yield name, torch.ones(size)
             continue
-        mean, spread = (1.0, norm_std) if len(size) == 1 else (0.0, std)
+        mean, spread = (1.0, norm_std) if is_norm else (0.0, std)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         yield name, torch.empty(size).normal_(mean, spread, generator=generator)

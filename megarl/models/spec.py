@@ -90,14 +90,21 @@ class ModelSpec:
         """Work of a sequence of n tokens is proportional to n + attention_cost * n²: causal scores against products.
 
         A token multiplies with every active weight; the n² / 2 pairs of query and key with two head widths a head.
+        In a layer with a window the pairs are so many a token.
         """
         heads = self.num_heads * self.head_dim
         attention = self.hidden_size * (2 * heads + 2 * self.num_kv_heads * self.head_dim)
+        if self.kv_lora_rank:
+            down = self.q_lora_rank + self.kv_lora_rank + self.rope_head_dim + self.num_heads * self.v_head_dim
+            up = heads * (self.q_lora_rank or self.hidden_size)
+            both = self.num_heads * (self.nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+            attention = self.hidden_size * down + up + both
         dense = self.num_layers - len(self.moe_layers)
         routed = self.top_k * self.moe_intermediate_size + self.shared_width
         mlp = dense * self.intermediate_size + len(self.moe_layers) * routed
         weights = self.num_layers * attention + 3 * self.hidden_size * mlp + self.hidden_size * self.vocab_size
-        return self.num_layers * heads / weights
+        windows = [window for window in self.windows if window]
+        return (self.num_layers - len(windows)) * heads / (weights + 2 * heads * sum(windows))
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding in the learner: the vocabulary rounded up to a multiple of tp."""

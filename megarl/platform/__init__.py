@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from megarl.platform.shared_memory import Gather, SharedWindows
+
 _settled = False
 
 
@@ -113,6 +115,29 @@ def gated_experts(
     return _module().gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows `ends[e-1]:ends[e]` of `x [n, K]` times `weight[e].T` plus `bias[e]`: `[n, N]`; differentiable.
+
+    weight `[E, N, K]`, bias `[E, N]`, ends `[E]` int32. An expert may have no row. N may be two dimensions, gate and up.
+    Of a weight with an attribute `product` as in `gated_experts`.
+    """
+    flat, bias = weight.flatten(1, -2), bias.flatten(1)
+    if hasattr(weight, "product"):
+        return weight.product(x, flat, ends) + bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0)
+    return _module().grouped_linear(x, flat, bias, ends)
+
+
+def sink_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor
+) -> torch.Tensor:
+    """`softmax([q k / sqrt(d), sink])` without its last column, times the values; differentiable.
+
+    query `[B, heads, q, d]`, key and value `[B, kv_heads, k, d]`, sinks `[heads]`. `mask [B or 1, 1, q, k]` bool: what a
+    query may see; None: causal, where q = k.
+    """
+    return _module().sink_attention(query, key, value, mask, sinks)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x / rms(x) * weight` over the last dimension, `weight [H]`, in the dtype of both; differentiable."""
     return _module().rms_norm(x, weight, eps)
@@ -131,3 +156,9 @@ def empty_cache() -> None:
 def profiler_activities() -> list:
     """What torch.profiler records here."""
     return _module().profiler_activities()
+
+
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    """Memory that ranks of one machine read from each other, see `shared_memory.share`; without windows where messages
+    of the process group are the faster way. Collective."""
+    return _module().shared_windows(size, place, gather, topics, timeout)

@@ -16,6 +16,7 @@ import torch
 import torch.utils._device
 
 from megarl.platform.host import host_memory
+from megarl.platform.shared_memory import Gather, SharedWindows, share
 
 NAME = "cpu"
 BACKEND = "gloo"
@@ -85,10 +86,28 @@ def gated_experts(
     return GatedExperts.apply(x, weight1, weight2, ends, probs, rows)
 
 
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    from megarl.platform.cpu_grouped import GroupedLinear
+
+    return GroupedLinear.apply(x, weight, bias, ends.tolist())
+
+
+def sink_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor
+) -> torch.Tensor:
+    from megarl.platform.cpu_sinks import SinkAttention
+
+    return SinkAttention.apply(query, key, value, mask, sinks)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     from megarl.platform.cpu_norm import RMSNorm
 
     return RMSNorm.apply(x, weight, eps)
+
+
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    return share(size, place, gather, topics, timeout)
 
 
 def empty_cache() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megarl.platform.host import GIB, host_memory
+from megarl.platform.shared_memory import Gather, SharedWindows
 
 NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -55,8 +56,27 @@ def gated_experts(
     return cuda_experts.gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    from megarl.platform import cuda_experts
+
+    return cuda_experts.grouped_linear(x, weight, bias, ends)
+
+
+def sink_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor
+) -> torch.Tensor:
+    from megarl.platform import cuda_sinks
+
+    return cuda_sinks.sink_attention(query, key, value, mask, sinks)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
+    """None: NCCL reaches a neighbour's memory directly."""
+    return SharedWindows({}, {}, timeout)
 
 
 def empty_cache() -> None:

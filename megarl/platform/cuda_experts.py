@@ -26,6 +26,12 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
 
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
+    """See `platform.grouped_linear`."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    return grouped_mm(x, weight, ends) + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+
+
 class WeightedSwiGLU(torch.autograd.Function):
     """`silu(gate) * up * prob` of `[n, 2F]` and `[n]`, with a backward that writes both halves into one tensor.
 

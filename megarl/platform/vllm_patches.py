@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from megarl import platform
-from megarl.platform import vllm_cpu_parallel, vllm_direct
+from megarl.platform import vllm_cpu_parallel, vllm_direct, vllm_gpt_oss
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -54,13 +55,17 @@ def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict
     return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
 
 
-def head_sizes() -> list[int] | None:
-    """The attention head sizes vLLM has kernels for here; None: it chooses among several backends itself."""
+def head_sizes(latent: bool = False) -> list[int] | None:
+    """The widths of a cached key that vLLM has kernels for here; None: it chooses among several backends itself.
+
+    In `latent` attention that is the latent and the rotated key, otherwise a head.
+    """
     if platform.name() != "cpu":
         return None
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-    return CPUAttentionBackend.get_supported_head_sizes()
+    return (CPUMLABackend if latent else CPUAttentionBackend).get_supported_head_sizes()
 
 
 def seeded(params: Any, seed: int) -> Any:
@@ -111,6 +116,20 @@ def install() -> None:
         from vllm.model_executor.layers.layernorm import RMSNorm
 
         RMSNorm.forward_cpu = _rms_norm
+        from vllm import _custom_ops
+
+        if not hasattr(_custom_ops.cpu_attention_with_kv_cache, "__wrapped__"):
+            _custom_ops.cpu_attention_with_kv_cache = _sinks_in_bfloat16(_custom_ops.cpu_attention_with_kv_cache)
+
+
+def _sinks_in_bfloat16(attention: Any) -> Any:
+    """vLLM's CPU kernel takes attention sinks in bfloat16 only, whatever the rest is in: they are rounded for it."""
+
+    @functools.wraps(attention)
+    def call(*args: Any, s_aux: torch.Tensor | None = None, **kwargs: Any) -> None:
+        attention(*args, s_aux=None if s_aux is None else s_aux.bfloat16(), **kwargs)
+
+    return call
 
 
 def _rms_norm(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -173,23 +192,15 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
             torch.cuda.set_rng_state(device_state)
 
 
-def direct_layers(model: torch.nn.Module, ranks: int) -> dict[str, vllm_direct.Layer] | None:
-    """Where each Hugging Face tensor goes when vLLM's own reload can be left out, see `vllm_direct`.
-
-    `ranks` of an engine: more than one split its matrices or deal out its experts.
-    """
-    return vllm_direct.layers(model) if platform.name() == "cpu" and ranks == 1 else None
-
-
-def load_weights(runner: Any, direct: dict[str, vllm_direct.Layer] | None, tensors: Iterable) -> None:
+def load_weights(runner: Any, direct: vllm_direct.Direct | None, tensors: Iterable) -> None:
     """Replace the weights by a stream of Hugging Face tensors, each of which is copied before the next is asked for."""
-    model = runner.get_model()
     if direct is None:
+        model, sinks = runner.get_model(), {}
         with reloading(model):
-            runner.reload_weights(weights_iterator=_copies(tensors))
+            runner.reload_weights(weights_iterator=vllm_gpt_oss.watched(_copies(tensors), sinks))
+        vllm_gpt_oss.place(model, sinks)
     else:
-        vllm_direct.load(direct, tensors)
-        _pack_tied_output(model)
+        direct.load(tensors)
 
 
 def _copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

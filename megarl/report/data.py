@@ -23,7 +23,10 @@ RL (`rl/metrics.jsonl`)
   `mismatch/kl_k3`, `mismatch/logprob_gap`, `mismatch/log_ppl_difference`, `mismatch/chi2`: before any rejection;
   `mismatch/weight_mean`, `mismatch/kept_frac`, `mismatch/ess` of the weights
 - `gap/logprob_mean`, `gap/logprob_max` |old - rollout| log-prob over sampled tokens
-- `sync/gap_mean`, `sync/gap_max` the same on the probe sequences of a weight sync, `sync/seconds`
+- `sync/gap_mean`, `sync/gap_max` the same on the probe sequences of a weight sync (`sync/unchecked` 1 instead, with
+  rollout.sync_check = none); `sync/seconds` with the check, `sync/move_seconds` without it, of the slowest rank; over all
+  ranks `sync/bytes_written` into the engines, of which `sync/bytes_moved` from other ranks and `sync/bytes_least` as few as
+  could be; `sync/gb_per_second` written on a rank, `sync/of_plain_copy` that over the speed of a plain copy
 - `routing/engine_*` engine against learner with the same weights, `routing/update_*` learner before against after the
   update, `routing/noise_*` two passes with the same weights (first step): `changed` share of experts, also by layer
   `/layer_NN`, `pair` share of (token, layer), `token_any` share of tokens; `routing/update_gate_mass`, and correlations

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$")
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+from megarl.rollout.names import family_of, layer_of
+
+EXPERT = re.compile(
+    r"^(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+)
+MATRICES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = {  # Hugging Face projection -> vLLM's merged layer, and which part of it
     "q_proj": ("qkv_proj", 0),
@@ -41,22 +45,11 @@ class WeightGap:
     gap: float
     differs: bool
     experts: tuple[int, ...] = ()  # the experts that differ
+    compared: bool = True  # False: nothing is known of how the engine holds it
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" in layer {self.layer}"
         return f"{self.family}{where}" + (f" (experts {_few(self.experts)})" if self.experts else "")
-
-
-def layer_of(hf_name: str) -> int | None:
-    """The layer a Hugging Face tensor belongs to; none outside the layers."""
-    match = LAYER.match(hf_name)
-    return int(match[1]) if match else None
-
-
-def family_of(hf_name: str) -> str:
-    """What a tensor is, without its layer and expert: "experts.down_proj", "self_attn.q_proj", "embed_tokens"."""
-    name = LAYER.sub("", hf_name).removeprefix("model.").removesuffix(".weight")
-    return re.sub(r"^mlp\.experts\.\d+\.", "experts.", name)
 
 
 @torch.inference_mode()
@@ -93,25 +86,33 @@ def _blocks(stream: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 
 def _compare(model: nn.Module, name: str, expected: Tensor) -> WeightGap:
-    found = _read(model, name.removesuffix(".weight"), expected)
+    try:
+        found = _read(model, name, expected)
+    except AttributeError:  # the same on every rank of an engine
+        return WeightGap(family_of(name), layer_of(name), 0.0, False, compared=False)
     gap = (found.float() - expected.to(found.dtype).float()).abs().max().item() if found is not None else 0.0
     limit = EXACT * expected.float().abs().max().item()
     return WeightGap(family_of(name), layer_of(name), gap, not gap <= limit)
 
 
-def _read(model: nn.Module, path: str, expected: Tensor) -> Tensor | None:
-    """The full weight at a Hugging Face path; none on ranks of an engine that are not given the output layer's result."""
-    if path == OUTPUT.removesuffix(".weight"):
+def _read(model: nn.Module, name: str, expected: Tensor) -> Tensor | None:
+    """The full tensor of a Hugging Face name; none on ranks of an engine that are not given the output layer's result.
+
+    Raises AttributeError for one that vLLM's model has no known place for.
+    """
+    if name == OUTPUT:
         logits = model.compute_logits(_identity(expected))
         return None if logits is None else logits.T
+    path, _, kind = name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
     if leaf == "embed_tokens":
         return model.get_submodule(path)(torch.arange(expected.shape[0], device=expected.device))
-    if expected.dim() == 1:
-        return model.get_submodule(path).weight
     merged, part = STACKED.get(leaf, (leaf, None))
-    layer = model.get_submodule(f"{parent}.{merged}")
-    return _linear(layer, expected) if part is None else _column_part(layer, expected, part)
+    if part is not None and any(child == merged for child, _ in model.get_submodule(parent).named_children()):
+        return _column_part(model.get_submodule(f"{parent}.{merged}"), expected, part)
+    if expected.dim() == 1:
+        return getattr(model.get_submodule(path), kind)
+    return _linear(model.get_submodule(path), expected)
 
 
 def _identity(expected: Tensor) -> Tensor:
@@ -119,25 +120,33 @@ def _identity(expected: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Module, expected: Tensor) -> Tensor:
-    """[out, in] of a row-parallel or replicated layer, which returns the whole output on every rank."""
+    """[out, in] of a row-parallel or replicated layer, without its bias."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    if type(layer) is nn.Linear:
+        return layer.weight
     inputs = _identity(expected)
     width = getattr(layer, "input_size_per_partition", inputs.shape[1])
-    if width < inputs.shape[1]:
-        inputs = inputs[:, layer.tp_rank * width : (layer.tp_rank + 1) * width].contiguous()
-    out = layer(inputs)
-    return (out[0] if isinstance(out, tuple) else out).T
+    if width == inputs.shape[1]:
+        return layer.quant_method.apply(layer, inputs).T
+    inputs = inputs[:, layer.tp_rank * width : (layer.tp_rank + 1) * width].contiguous()
+    return tensor_model_parallel_all_reduce(layer.quant_method.apply(layer, inputs)).T
 
 
 def _column_part(layer: nn.Module, expected: Tensor, part: int) -> Tensor:
-    """[out, in] of one projection inside a merged column-parallel layer, gathered over the engine's ranks."""
+    """[out, in] of one projection inside a merged column-parallel layer, or its bias [out], over the engine's ranks."""
     from vllm.distributed import tensor_model_parallel_all_gather
 
-    outputs = layer(_identity(expected))[0].split(layer.output_partition_sizes, dim=-1)[part].contiguous()
+    if expected.dim() == 1:
+        weights = layer.bias[None].to(expected.dtype)
+    else:
+        weights = layer.quant_method.apply(layer, _identity(expected))
+    outputs = weights.split(layer.output_partition_sizes, dim=-1)[part].contiguous()
     rows = tensor_model_parallel_all_gather(outputs).T if layer.tp_size > 1 else outputs.T
     if rows.shape[0] > expected.shape[0]:  # fewer key/value heads than ranks: neighbours hold copies
         copies = rows.shape[0] // expected.shape[0]
-        rows = rows.reshape(-1, copies, outputs.shape[1], rows.shape[1])[:, 0].reshape(expected.shape)
-    return rows
+        rows = rows.reshape(-1, copies, outputs.shape[1], rows.shape[1])[:, 0].flatten(0, 1)
+    return rows.reshape(expected.shape)
 
 
 def _compare_experts(model: nn.Module, vllm_config: Any, expected: dict[str, Tensor]) -> list[WeightGap]:
@@ -145,7 +154,7 @@ def _compare_experts(model: nn.Module, vllm_config: Any, expected: dict[str, Ten
     table: dict[int, dict[str, Tensor]] = {}
     for name, tensor in expected.items():
         match = EXPERT.match(name)
-        table.setdefault(int(match["index"]), {})[match["matrix"]] = tensor
+        table.setdefault(int(match["index"]), {})[MATRICES.get(match["matrix"], match["matrix"])] = tensor
     name = next(iter(expected))
     module = model.get_submodule(EXPERT.match(name)["prefix"]).routed_experts
     base = WeightGap("experts.gate_proj/up_proj/down_proj", layer_of(name), 0.0, False)

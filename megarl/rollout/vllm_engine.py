@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,16 @@ import torch
 from torch import Tensor
 
 from megarl.config.schema import Rollout
-from megarl.convert import read_spec
+from megarl.convert import family, read_spec
+from megarl.convert.hf_io import read_config
 from megarl.errors import BadInput, RunFailed
 from megarl.platform import vllm_patches
+from megarl.platform.vllm_direct import Direct, Stretch, take_on
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
+from megarl.rollout.engine_shards import EngineDegrees
+from megarl.rollout.exchange import Moved
+from megarl.rollout.served import check_served, overrides
+from megarl.rollout.sync_plan import Run
 from megarl.types import Prompt, PromptGroup, Trajectory
 
 if TYPE_CHECKING:
@@ -73,7 +80,9 @@ class VLLMEngine:
         vllm_patches.after_start(self._runner)
         if rollout_cfg.routed_experts:
             self._check_record()
-        self._direct = vllm_patches.direct_layers(self.model, ranks)
+        self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
+        self._direct, self.reload_reason = self._take_on(mesh)
+        self._stretches: dict[Run, list[Stretch]] = {}  # where the runs of a plan go
         self._requests = 0
         self._max_tokens = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = _tokenizer(model_path)
@@ -83,11 +92,8 @@ class VLLMEngine:
         from vllm import LLM
 
         vllm_patches.install()
-        cfg, head_dim, sizes = self.config, self._spec.head_dim, vllm_patches.head_sizes()
-        if sizes is not None and head_dim not in sizes:
-            raise BadInput(
-                f"{model_path}: head_dim {head_dim}, and vLLM's CPU attention takes {sizes}; use another model"
-            )
+        cfg, spec = self.config, self._spec
+        check_served(spec, model_path, vllm_patches.head_sizes(latent=spec.kv_lora_rank > 0))
         if cfg.routed_experts and not vllm_patches.records_routing():
             raise BadInput(
                 f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
@@ -96,6 +102,7 @@ class VLLMEngine:
         try:
             return LLM(
                 model_path,
+                hf_overrides=overrides(spec, read_config(model_path)),
                 dtype=dtype,
                 seed=self.seed,
                 tensor_parallel_size=cfg.tensor_parallel,
@@ -117,6 +124,14 @@ class VLLMEngine:
             )
         except ValueError as error:
             raise BadInput(f"vLLM cannot serve {model_path}: {_one_line(error)}") from error
+
+    def _take_on(self, mesh: Mesh) -> tuple[Direct | None, str | None]:
+        """What this rank's weights are written into; or, on every rank, why full tensors have to be reloaded."""
+        hosted = self.degrees.hosted(self._spec, mesh.rank)
+        names = frozenset(family(self._spec.family).hf_shapes(self._spec))
+        direct = take_on(self.model, hosted, names)
+        reasons = [reason for reason in mesh.all_gather_object(direct if isinstance(direct, str) else None) if reason]
+        return (None, reasons[0]) if reasons else (direct, None)
 
     def _check_record(self) -> None:
         """Raises BadInput when the engine will not record the experts that the learner has."""
@@ -262,17 +277,44 @@ class VLLMEngine:
         The stream may reuse its buffers after it is asked for the next tensor: each tensor is copied once, and copies
         live until their layer is complete. Raises RunFailed when vLLM refuses a tensor.
         """
-        try:
+        with self._new_weights(policy_version):
             vllm_patches.load_weights(self._runner, self._direct, tensors)
+
+    def write_weights(self, blocks: Iterable[Moved], policy_version: int) -> None:
+        """`load_weights` of the pieces that this rank hosts, block by block; for engines without a `reload_reason`.
+
+        Raises RunFailed when a piece has no place here or something stays without new weights.
+        """
+        with self._new_weights(policy_version), self._direct.loading(everything=True):
+            for run, values in (pair for block in blocks for pair in block):
+                if run not in self._stretches:
+                    parts = [(piece.entry.hf_name, piece.target, piece.shape) for piece in run.pieces]
+                    self._stretches[run] = self._direct.stretches(parts)
+                self._direct.write_stretches(self._stretches[run], values)
+
+    @contextlib.contextmanager
+    def _new_weights(self, policy_version: int) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise RunFailed(f"weight sync: vLLM refused the learner's weights: {_one_line(error)}") from error
         self.reset_prefix_cache()
         self.policy_version = policy_version
 
+    def hosted_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, what this rank hosts of it), as the engine computes with it; without a `reload_reason`."""
+        return ((name, self._direct.read(name)) for name in self._direct.hosted)
+
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier requests. Raises RunFailed if requests are still running."""
         if not self._llm.reset_prefix_cache():
             raise RunFailed("weight sync: vLLM could not drop its prefix cache because requests are still running")
+
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks of keys and values that a later request could reuse."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
     def sleep(self, level: int = 1) -> None:
         if self.capabilities.sleep:

@@ -1,6 +1,6 @@
 """Weight sync: learner -> engine, by a plan that is a value, and the check that every sync gets.
 
-`SyncPlan` says what moves; `sync_weights` moves it and refuses a stream that is not the plan; `check_sync` compares the
+`SyncPlan` says what moves; `WeightSync` moves it and refuses a learner that is not the plan's; `check_sync` compares the
 two engines' log-probs on fixed probe sequences and, when they are apart, names the tensor families that differ.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,97 +16,47 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megarl.convert import family, stream_hf
+from megarl import platform
+from megarl.config.schema import Parallel
+from megarl.convert import stream_hf
+from megarl.convert.load import matched
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
-from megarl.rollout.engine_weights import WeightGap, compare_weights, family_of, layer_of
+from megarl.rollout.checksums import differing_tensors
+from megarl.rollout.engine_weights import WeightGap, compare_weights
+from megarl.rollout.exchange import Exchange, pieces_of
+from megarl.rollout.sync_plan import LearnerLayout, Piece, SyncPlan, Traffic
 
 if TYPE_CHECKING:
     from megarl.parallel import Mesh
     from megarl.rollout.vllm_engine import VLLMEngine
 
+COPIED = 64 << 20  # bytes, most that the speed of a plain copy is measured with
 THRESHOLDS = {"float32": 1e-5, "bfloat16": 5e-2}  # mean log-prob gap, nats
 
 
 @dataclass(frozen=True)
-class SyncEntry:
-    """One tensor of a sync.
-
-    Example: `SyncEntry("model.layers.0.mlp.experts.3.down_proj.weight", (128, 64), "float32",
-    "decoder.layers.0.mlp.experts.weight2", 0, "experts.down_proj", "expert", 32768)`.
-    """
-
-    hf_name: str
-    shape: tuple[int, ...]  # full, as the engine gets it
-    dtype: str
-    source: str  # the Megatron parameter, with the global layer number
-    layer: int | None  # none: outside the layers
-    family: str
-    group: str  # the ranks that hold its parts: "tp", "expert" (ep x etp), or "" for every rank
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SyncPlan:
-    """Everything one weight sync moves, in order; the same on every rank."""
-
-    entries: tuple[SyncEntry, ...]
-
-    @classmethod
-    def build(cls, spec: ModelSpec, dtype: str) -> SyncPlan:
-        """The plan of a model in `dtype`, read off its family's conversion table."""
-        size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-        entries = [
-            SyncEntry(
-                name, shape, dtype, rule.megatron, layer_of(name), family_of(name), rule.group, math.prod(shape) * size
-            )
-            for block in family(spec.family).blocks(spec)
-            for rule in block
-            if rule.exported
-            for name, shape in rule.hf_shapes(spec).items()
-        ]
-        return cls(tuple(entries))
-
-    @property
-    def bytes(self) -> int:
-        """What every engine rank receives."""
-        return sum(entry.bytes for entry in self.entries)
-
-    @property
-    def largest_layer_bytes(self) -> int:
-        """The largest block held at once; a sync needs at most about two of these beside the weights."""
-        layers: dict[int | None, int] = {}
-        for entry in self.entries:
-            layers[entry.layer] = layers.get(entry.layer, 0) + entry.bytes
-        return max(layers.values())
-
-    def stream(self, chunks: list[nn.Module], spec: ModelSpec, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
-        dtype = getattr(torch, self.entries[0].dtype)
-        return ((name, tensor.to(dtype)) for name, tensor in stream_hf(chunks, spec, mesh))
-
-    def follow(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass the stream on while it is exactly this plan. Raises RunFailed naming the first tensor that is not."""
-        expected = iter(self.entries)
-        for name, tensor in stream:
-            entry = next(expected, None)
-            if entry is None or entry.hf_name != name:
-                raise RunFailed(f"weight sync: the learner sent {name} where the plan has {_describe(entry)}")
-            found = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            if found != (entry.shape, entry.dtype):
-                raise RunFailed(
-                    f"weight sync: {_describe(entry)} came as {found}, the plan has {(entry.shape, entry.dtype)}"
-                )
-            yield name, tensor
-        missing = next(expected, None)
-        if missing is not None:
-            raise RunFailed(f"weight sync: the learner's stream ended before {_describe(missing)}")
-
-
-@dataclass(frozen=True)
 class SyncReport:
+    """What one sync moved on this rank, and how fast."""
+
     seconds: float
-    bytes: int  # received by each engine rank
+    traffic: Traffic
+    copy_speed: float  # bytes a second that a plain copy moves here, all ranks copying at once
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second that this rank's engine part was renewed with."""
+        return self.traffic.written / self.seconds
+
+    def describe(self, reload_reason: str | None = None) -> str:
+        """One line for a log."""
+        moved, least = self.traffic.received / 1e6, self.traffic.bound / 1e6
+        how = f"; full tensors through vLLM's reload, because {reload_reason}" if reload_reason else ""
+        return (
+            f"weight sync: {self.traffic.written / 1e6:,.1f} MB a rank, {moved:,.1f} MB of it from other ranks (least "
+            f"possible {least:,.1f}), {self.seconds:.3f} s = {self.speed / 1e9:.2f} GB/s, a plain copy "
+            f"{self.copy_speed / 1e9:.1f} GB/s{how}"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,16 +68,79 @@ class SyncGap:
     median: float = 0.0
 
 
-def sync_weights(
-    plan: SyncPlan, chunks: list[nn.Module], spec: ModelSpec, mesh: Mesh, engine: VLLMEngine, policy_version: int
-) -> SyncReport:
-    """Stream the learner's weights into every engine. Collective over the world.
+class WeightSync:
+    """Brings the weights of a learner of this layout into these engines. Collective over the world, as is `run`.
 
-    Raises RunFailed when the stream is not the plan or the engine refuses it.
+    Full tensors go to an engine that can only be reloaded by vLLM's own machinery; `engine.reload_reason` says why.
     """
-    start = time.perf_counter()
-    engine.load_weights(plan.follow(plan.stream(chunks, spec, mesh)), policy_version)
-    return SyncReport(time.perf_counter() - start, plan.bytes)
+
+    def __init__(self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> None:
+        learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
+        whole = engine.reload_reason is not None  # vLLM wants an expert's tensors one after another
+        portion = 0 if whole else platform.block_bytes()
+        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole, portion)
+        self.mesh, self.engine, self.exchange = mesh, engine, Exchange(self.plan, mesh)
+        self.copy_speed = measure_copy(min(self.plan.largest_layer_bytes, COPIED))
+
+    def run(self, chunks: list[nn.Module], policy_version: int) -> SyncReport:
+        """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
+        start = time.perf_counter()
+        held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        self._check(held)
+        if self.plan.whole:
+            self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)
+        else:
+            self.engine.write_weights(self.exchange.blocks(held), policy_version)
+        platform.synchronize()
+        return SyncReport(time.perf_counter() - start, self.plan.traffic(self.mesh.rank), self.copy_speed)
+
+    def _check(self, held: dict[str, Tensor]) -> None:
+        """Raises RunFailed for a parameter that this rank has and the plan does not give it, or the other way round."""
+        planned = self.plan.held(self.mesh.rank)
+        found = {name: tuple(held[name].shape) for name in held if name in planned or not self.plan.is_copy(name)}
+        for name in [*planned, *found]:
+            if planned.get(name) != found.get(name):
+                raise RunFailed(
+                    f"weight sync: {name} has the shape {found.get(name)} on rank {self.mesh.rank} of the learner, "
+                    f"in the plan {planned.get(name)}"
+                )
+
+    def _full_tensors(self, held: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor whole, in order, from a plan of whole tensors."""
+        for block, moved in zip(self.plan.blocks, self.exchange.blocks(held, ahead=False), strict=True):
+            parts: dict[str, list[tuple[Piece, Tensor]]] = {}
+            for piece, values in (item for pair in moved for item in pieces_of(*pair)):
+                parts.setdefault(piece.entry.hf_name, []).append((piece, values))
+            for name in (name for _, entries in block for name in entries):
+                yield name, _joined(parts.pop(name))
+
+    def stream(self, chunks: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
+        dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in self.plan.entries}
+        return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, self.plan.spec, self.mesh))
+
+
+def _joined(pieces: list[tuple[Piece, Tensor]]) -> Tensor:
+    (first, values), dtype = pieces[0], getattr(torch, pieces[0][0].entry.dtype)
+    if len(pieces) == 1:
+        return values.to(dtype)
+    out = torch.empty(first.entry.shape, dtype=dtype, device=values.device)
+    for piece, values in pieces:
+        out[piece.target] = values
+    return out
+
+
+def measure_copy(size: int) -> float:
+    """Bytes a second of `size` bytes copied on this rank's device, the best of a few."""
+    source = torch.ones(size, dtype=torch.uint8, device=platform.device())
+    target, best = torch.zeros_like(source), math.inf
+    for _ in range(4):
+        platform.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        platform.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def make_probes(vocab_size: int, count: int, length: int = 48, seed: int = 0) -> list[list[int]]:
@@ -155,31 +168,58 @@ def measure_gap(
 
 
 def check_sync(
-    engine: VLLMEngine,
+    sync: WeightSync,
+    chunks: list[nn.Module],
     probes: list[list[int]],
     learner_log_probs: list[np.ndarray],
     threshold: float,
-    mesh: Mesh,
-    stream: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> SyncGap:
     """Compare the engines' log-probs after a sync. Collective over the world.
 
-    `stream()` yields the learner's weights again (`lambda: plan.stream(chunks, spec, mesh)`); it is used only when the
-    mean gap is above `threshold`, to find what differs. Raises RunFailed, on every rank with the same text.
+    The learner's weights are looked at again only when the mean gap is above `threshold`, to find what differs. Raises
+    RunFailed, on every rank with the same text.
 
     A mean above the threshold is accepted when every weight is equal and the median is below: then a few tokens sat on
     a tie between two experts, which rounding broke differently in the two engines.
     """
-    gap = measure_gap(engine, probes, learner_log_probs, mesh)
+    check_prefix_cache(sync.engine, sync.mesh)
+    gap = measure_gap(sync.engine, probes, learner_log_probs, sync.mesh)
     if gap.mean <= threshold:  # a nan is not
         return gap
-    differing = [item for item in compare_with_learner(engine, mesh, stream()) if item.differs]
+    compared = compare_with_learner(sync.engine, sync.mesh, sync.stream(chunks))
+    differing = [item for item in compared if item.differs]
     if not differing and gap.median <= threshold:
         return gap
+    reason = f"; {sync.engine.reload_reason}" if sync.engine.reload_reason and not differing else ""
     raise RunFailed(
         f"weight sync: learner and engine log-probs differ by {gap.mean:.1e} on average (max {gap.max:.1e}, threshold "
-        f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}"
+        f"{threshold:.0e}, rollout.sync_threshold): {explain(differing)}{reason}"
     )
+
+
+def check_prefix_cache(engine: VLLMEngine, mesh: Mesh) -> None:
+    """Raises RunFailed, on every rank, when an engine could still answer from keys and values of earlier weights."""
+    blocks = mesh.all_gather_object(engine.cached_blocks)
+    if any(blocks):
+        rank = next(rank for rank, count in enumerate(blocks) if count)
+        raise RunFailed(
+            f"weight sync: the prefix cache is stale, the engine of rank {rank} kept {blocks[rank]} blocks of earlier weights"
+        )
+
+
+def check_checksums(sync: WeightSync, chunks: list[nn.Module], most: int = 8) -> None:
+    """Raises RunFailed, on every rank, naming the tensors whose checksums differ between learner and engine.
+
+    Where vLLM's layers cannot be read, the comparison is that of what they compute.
+    """
+    if sync.plan.whole:
+        compared = compare_with_learner(sync.engine, sync.mesh, sync.stream(chunks))
+        found = [str(item) for item in compared if item.differs]
+    else:
+        found = differing_tensors(sync, chunks)
+    if found:
+        more = f", and {len(found) - most} more" if len(found) > most else ""
+        raise RunFailed(f"weight sync: these tensors' checksums differ: {', '.join(found[:most])}{more}")
 
 
 def compare_with_learner(engine: VLLMEngine, mesh: Mesh, stream: Iterable[tuple[str, Tensor]]) -> list[WeightGap]:
@@ -208,10 +248,3 @@ def explain(differing: list[WeightGap], most: int = 8) -> str:
 def _several(name: str, items: list[WeightGap]) -> str:
     layers = [str(item.layer) for item in items]
     return f"{name} in layers {', '.join(layers[:6])}" + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
-
-
-def _describe(entry: SyncEntry | None) -> str:
-    if entry is None:
-        return "nothing more"
-    where = "" if entry.layer is None else f", layer {entry.layer}"
-    return f"{entry.hf_name} ({entry.family}{where})"

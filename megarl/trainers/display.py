@@ -12,7 +12,16 @@ from typing import Self, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -159,6 +168,62 @@ class Display:
         return seconds / done * (self.total - self._step) if done > 0 else math.nan
 
 
+class Transfer:
+    """Bytes that are read or written, and how fast: a bar on a terminal, elsewhere a line each `interval` seconds.
+
+    `stream` None: nothing is shown. Use it as a context manager; nothing shows before `start`.
+    """
+
+    def __init__(self, description: str, stream: TextIO | None, interval: float = 10.0) -> None:
+        self._description, self._stream, self._interval = description, stream, interval
+        self._bar: Progress | None = None
+        self._done = self._total = 0
+        self._started = self._said = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and self._total:
+            self._say()
+
+    def start(self, total: int) -> None:
+        """`total` bytes in all."""
+        self._total, self._started = total, time.perf_counter()
+        if self._stream is not None and self._stream.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+                expand=True,
+            )
+            self._task = self._bar.add_task(self._description, total=total)
+            self._bar.start()
+
+    def add(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+        elif time.perf_counter() - self._said > self._interval:
+            self._say()
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        if self._stream is not None:
+            print(text, file=self._stream, flush=True)
+
+    def _say(self) -> None:
+        self._said = time.perf_counter()
+        speed = self._done / (self._said - self._started) / 2**20
+        self.note(f"{self._description}: {self._done / 2**20:.0f} of {self._total / 2**20:.0f} MiB, {speed:.0f} MiB/s")
+
+
 @contextmanager
 def task(description: str, *, is_main: bool = True, stream: TextIO | None = None) -> Iterator[None]:
     """Shows one long action: a spinner on a terminal, elsewhere a line when it starts and one when it is done."""
@@ -193,6 +258,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("entropy", "policy/entropy", lambda x: f"{x:.3f}"),
     ("clipped", "policy/clip_frac", lambda x: f"{x:.1%}"),
     ("gap", "gap/logprob_mean", lambda x: f"{x:.1e}"),
+    ("sync", "sync/unchecked", lambda x: "UNCHECKED"),
     ("experts changed", "routing/update_changed", lambda x: f"{x:.2%}"),
     ("by the engine", "routing/engine_changed", lambda x: f"{x:.2%}"),
     ("grad norm", "policy/grad_norm", lambda x: f"{x:.3g}"),

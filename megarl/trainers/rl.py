@@ -17,13 +17,21 @@ from megarl.errors import BadInput, RunFailed
 from megarl.learner.host_parked import HostParked
 from megarl.learner.policy import Policy, StepResult
 from megarl.learner.probes import probe_log_probs
-from megarl.metrics import Max, Mean, Metric, cut_jsonl, merge, reduce_metrics
+from megarl.metrics import Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import GroupSum, Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
 from megarl.rollout.vllm_engine import VLLMEngine
-from megarl.rollout.weight_sync import SyncGap, SyncPlan, check_sync, default_threshold, make_probes, sync_weights
+from megarl.rollout.weight_sync import (
+    SyncGap,
+    SyncReport,
+    WeightSync,
+    check_checksums,
+    check_sync,
+    default_threshold,
+    make_probes,
+)
 from megarl.trainers import rl_batch
 from megarl.trainers.common import (
     Loop,
@@ -40,6 +48,7 @@ from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_experts, check_files, read_groups, rollout_file, write_groups
 from megarl.trainers.routing import RoutingWatch, replay_recorded, replay_rollout, routed_load
 from megarl.trainers.scoring import Scorer, part_metrics
+from megarl.trainers.sync_metrics import sync_metrics
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
 
@@ -107,9 +116,10 @@ class RLTrainer:
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
             self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
         spec = self.policy.spec
-        self.sync_plan = SyncPlan.build(spec, cfg.rollout_dtype)
+        self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
-        self.sync_gap = SyncGap(0.0, 0.0)
+        self.sync_report: SyncReport | None = None
+        self.sync_gap: SyncGap | None = None
         self.pool = GroupPool(self.algorithm)
         owners = {"policy": self.policy, "data": self.data, "groups": self.pool}
         self.loop = Loop.open(cfg, mesh, "rl", rl.steps, owners | ({"critic": self.critic} if self.critic else {}))
@@ -126,6 +136,7 @@ class RLTrainer:
     def prepare(self) -> None:
         """First sync, and the evaluation before the first step."""
         self.sync()
+        self.loop.display.note(self.sync_report.describe(self.engine.reload_reason))
         evaluated = self.loop.folder / "eval.jsonl"
         if self.mesh.is_main and evaluated.exists():
             cut_jsonl(evaluated, self.loop.done if self.loop.done else -1)
@@ -299,14 +310,15 @@ class RLTrainer:
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
-        policy, mesh = self.policy, self.mesh
-        cfg, plan = self.cfg, self.sync_plan
-        sync_weights(plan, policy.modules, policy.spec, mesh, self.engine, policy.updates)
+        policy, cfg, chunks = self.policy, self.cfg, self.policy.modules
+        self.sync_report = self.weight_sync.run(chunks, policy.updates)
+        if cfg.rollout.sync_check == "none":
+            return
+        if cfg.rollout.sync_check == "full":
+            check_checksums(self.weight_sync, chunks)
         threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
         learner = probe_log_probs(policy, self.probes)
-        self.sync_gap = check_sync(
-            self.engine, self.probes, learner, threshold, mesh, lambda: plan.stream(policy.modules, policy.spec, mesh)
-        )
+        self.sync_gap = check_sync(self.weight_sync, chunks, self.probes, learner, threshold)
 
     def evaluate(self, number: int) -> dict[str, float]:
         """Held-out accuracy now; appended to rl/eval.jsonl."""
@@ -341,9 +353,8 @@ class RLTrainer:
         generated = float(batch.response_mask.sum())
         seconds = {name: max(phases.seconds(name), 1e-9) for name in ("generate", "old_log_probs", "update", "sync")}
         metrics |= {
-            "sync/gap_mean": Mean(self.sync_gap.mean),
-            "sync/gap_max": Max(self.sync_gap.max),
             "sync/seconds": Mean(seconds["sync"]),
+            **sync_metrics(self.sync_report, self.sync_gap),
         }
         metrics |= phases.metrics() | memory_metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated

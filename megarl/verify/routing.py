@@ -23,7 +23,7 @@ from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.vllm_engine import VLLMEngine
-from megarl.rollout.weight_sync import SyncPlan, sync_weights
+from megarl.rollout.weight_sync import WeightSync
 from megarl.trainers.common import starting_checkpoint
 from megarl.trainers.rl_batch import assemble
 from megarl.trainers.routing import changed_layers, own_rows, replay_recorded, replay_rollout
@@ -49,8 +49,7 @@ def verify_routing(cfg: Config) -> None:
         path, cfg, mesh, optimizer=Optimizer(), temperature=cfg.rollout.temperature, routing=True
     )
     engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
-    plan = SyncPlan.build(policy.spec, cfg.rollout_dtype)
-    sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy.updates)
+    WeightSync(policy.spec, cfg.parallel, mesh, engine).run(policy.modules, policy.updates)
     batch = assemble(sample(cfg, policy.spec, mesh, engine), PRESETS["gspo"])
     check = RoutingCheck(cfg, policy, micro_batches(batch, budget(batch, policy.layout), policy.layout))
     lines, problems = check.run()

@@ -11,18 +11,18 @@ from megarl.learner.policy import Policy
 from megarl.learner.probes import probe_log_probs
 from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
+from megarl.rollout.checksums import differing_tensors
 from megarl.rollout.engine_weights import WeightGap
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import (
     SyncGap,
-    SyncPlan,
     SyncReport,
+    WeightSync,
     compare_with_learner,
     default_threshold,
     explain,
     make_probes,
     measure_gap,
-    sync_weights,
 )
 
 
@@ -38,16 +38,19 @@ def verify_sync(cfg: Config) -> int:
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
     engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
-    plan = SyncPlan.build(policy.spec, cfg.rollout_dtype)
+    sync = WeightSync(policy.spec, cfg.parallel, mesh, engine)
     threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
     probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)
-    report = sync_weights(plan, policy.modules, policy.spec, mesh, engine, policy_version=0)
+    report = sync.run(policy.modules, policy_version=0)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
-    weights = compare_with_learner(engine, mesh, plan.stream(policy.modules, policy.spec, mesh))
+    weights = compare_with_learner(engine, mesh, sync.stream(policy.modules))
+    sums = None if sync.plan.whole else differing_tensors(sync, policy.modules)
     stream = launcher.terminal()
     if mesh.is_main and stream is not None:
-        print("\n".join(render(plan, report, gap, threshold, weights)), file=stream, flush=True)
+        print("\n".join(render(sync, report, gap, threshold, weights, sums)), file=stream, flush=True)
     differing = [item for item in weights if item.differs]
+    if sums:
+        raise RunFailed(f"verify sync: the checksums of {len(sums)} tensors differ: {', '.join(sums)}")
     if differing or not gap.median <= threshold:
         raise RunFailed(
             f"verify sync: learner and engine log-probs differ by {gap.mean:.1e} on average (threshold {threshold:.0e}): "
@@ -56,20 +59,33 @@ def verify_sync(cfg: Config) -> int:
     return 0
 
 
-def render(plan: SyncPlan, report: SyncReport, gap: SyncGap, threshold: float, weights: list[WeightGap]) -> list[str]:
-    """The lines `verify sync` prints: one per tensor family, then the log-prob gap and the verdict."""
+def render(
+    sync: WeightSync,
+    report: SyncReport,
+    gap: SyncGap,
+    threshold: float,
+    weights: list[WeightGap],
+    sums: list[str] | None,
+) -> list[str]:
+    """The lines `verify sync` prints: one per tensor family, then the checksums and the log-prob gap.
+
+    `sums`: the tensors whose checksums differ; none when the engine's weights cannot be read.
+    """
     families: dict[str, list[WeightGap]] = {}
     for item in weights:
         families.setdefault(item.family, []).append(item)
     lines = [
-        f"synced {len(plan.entries)} tensors, {report.bytes / 2**20:.1f} MiB an engine rank, in {report.seconds:.2f} s",
+        f"{len(sync.plan.entries)} tensors; {report.describe(sync.engine.reload_reason)}",
         f"{'tensor family':36} {'layers':>6}  {'largest gap':>11}  verdict",
     ]
     for name, items in families.items():
         wrong = [item for item in items if item.differs]
-        verdict = "equal" if not wrong else "DIFFERS: " + "; ".join(map(str, wrong[:3]))
+        known = all(item.compared for item in items)
+        verdict = ("equal" if known else "not compared") if not wrong else "DIFFERS: " + "; ".join(map(str, wrong[:3]))
         largest = max((item.gap for item in items), key=lambda gap: math.inf if math.isnan(gap) else gap)
         lines.append(f"{name:36} {len(items):6}  {largest:11.1e}  {verdict}")
+    if sums is not None:
+        lines.append(f"checksums: {len(sums)} of {len(sync.plan.entries)} tensors differ")
     lines.append(
         f"log-prob gap on the probes: mean {gap.mean:.1e}, median {gap.median:.1e}, max {gap.max:.1e}, "
         f"threshold {threshold:.0e}"

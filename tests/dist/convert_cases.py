@@ -40,14 +40,21 @@ def tokens(vocab_size: int) -> Tensor:
     return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(5))
 
 
+def hidden_states(chunk, spec) -> Tensor:
+    """What the last stage makes of the fixed token row `[1, TOKENS, H]`, and another one passes on."""
+    from megarl.models.packing_params import PackedRow
+
+    positions = torch.arange(TOKENS)
+    documents = torch.tensor([0, TOKENS], dtype=torch.int32)
+    row = PackedRow.build(documents, positions, spec.rope, windows=spec.windows)
+    return chunk(tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
+
+
 @torch.no_grad()
 def logits(chunks, spec, mesh) -> Tensor:
     """[TOKENS, V] of the fixed token row; on a layout with pipeline stages, on the last one, zeros on the others."""
     from megarl.models.layers.lm_head import output_weight
-    from megarl.models.packing_params import PackedRow
 
-    positions = torch.arange(TOKENS)
-    row = PackedRow.build(torch.tensor([0, TOKENS], dtype=torch.int32), positions, spec.rope)
     (chunk,) = chunks
     chunk.eval()
     neighbour = lambda step: dist.get_global_rank(mesh.pp_group, mesh.pp_rank + step)  # noqa: E731
@@ -55,7 +62,7 @@ def logits(chunks, spec, mesh) -> Tensor:
         received = torch.empty(TOKENS // mesh.tp, 1, spec.hidden_size)
         dist.recv(received, neighbour(-1))
         chunk.set_input_tensor(received)
-    hidden = chunk(tokens(spec.vocab_size), positions[None], None, packed_seq_params=row)
+    hidden = hidden_states(chunk, spec)
     if not mesh.is_last_stage:
         dist.send(hidden.contiguous(), neighbour(1))
         return torch.zeros(TOKENS, spec.vocab_size)

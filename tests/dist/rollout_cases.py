@@ -24,7 +24,7 @@ def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
     from megarl.learner.probes import probe_log_probs
-    from megarl.rollout.weight_sync import SyncPlan, compare_with_learner, make_probes, measure_gap, sync_weights
+    from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
 
     degrees = Parallel(**parallel)
     engine, mesh = start(path, load=False, parallel=degrees, **rollout)
@@ -32,10 +32,9 @@ def layout(path: str, counts: list[int], parallel: dict[str, int], rollout: dict
     settings = engine.config.model_copy(update={"max_response_tokens": LENGTH})
     config = Config(model=Model(path=path), parallel=degrees, rollout=settings, rl=rl)
     policy = Policy.from_hf(path, config, mesh)
+    sync = WeightSync(policy.spec, degrees, mesh, engine)
     for version in (1, 2):  # the second sync meets what the first has packed
-        sync_weights(
-            SyncPlan.build(policy.spec, "float32"), policy.modules, policy.spec, mesh, engine, policy_version=version
-        )
+        sync.run(policy.modules, version)
     probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
     gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     families = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))

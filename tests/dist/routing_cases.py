@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,7 +204,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     from megarl.convert import read_spec
     from megarl.rollout import vllm_engine
     from megarl.rollout.engine import Sampling
-    from megarl.rollout.weight_sync import SyncPlan, sync_weights
+    from megarl.rollout.weight_sync import WeightSync
     from megarl.trainers import rl_batch
     from megarl.trainers.rollout_files import read_groups, write_groups
     from megarl.verify.routing import RoutingCheck
@@ -223,8 +222,7 @@ def engine(path: str, folder: str, parallel: dict[str, int], rollout: dict[str, 
     degrees, spec = Parallel(**parallel), read_spec(path)
     sampler, mesh = start(path, load=False, parallel=degrees, routed_experts=True, max_concurrent=16, **rollout)
     policy = _policy(path, degrees, mesh, temperature=0.8)
-    plan = SyncPlan.build(spec, "float32")
-    sync_weights(plan, policy.modules, spec, mesh, sampler, policy.updates)
+    WeightSync(spec, degrees, mesh, sampler).run(policy.modules, policy.updates)
     some = [Prompt(p.prompt_id, p.token_ids[: 33 + 9 * i], None) for i, p in enumerate(prompts(5, 70))]
     layout = sampler.layout
     own = sampler.generate(some[layout.index :: layout.count], Sampling(3, 12, 0.8), 1)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.dist.convert_cases import tokens
-from tests.dist.harness import run_ranks
+from tests.dist.harness import run_in_turn
 from tests.families import all_cases
 
 CASES = all_cases()
+MODULE = "tests.dist.convert_cases"
 
 
 def world(degrees: dict[str, int]) -> int:
@@ -39,24 +40,27 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("nproc", sorted({world(degrees) for _, degrees in PAIRS}))
 def test_logits_and_bits(nproc, checkpoints, tmp_path):
-    steps = []
-    pairs = [pair for pair in PAIRS if world(pair[1]) == nproc]
-    for index, (name, degrees) in enumerate(pairs):
-        path, expected = checkpoints[name]
-        steps.append(("round_trip", dict(path=path, out=str(tmp_path / str(index)), degrees=degrees, expected_logits=expected)))
-    for rank, results in enumerate(run_ranks("tests.dist.convert_cases:run_all", nproc, steps)):
-        for (name, degrees), result in zip(pairs, results, strict=True):
-            where = f"{name} {degrees} rank {rank}"
-            assert result["streamed_equal"] and result["exported_equal"], where
-            assert result["padding"] == [0.0] * len(result["padding"]), where
-            assert result["logits_gap"] <= 1e-5, where
+    steps = {}
+    for name, degrees in PAIRS:
+        if world(degrees) == nproc:
+            path, expected = checkpoints[name]
+            where = f"{name} {degrees}"
+            arguments = dict(path=path, out=str(tmp_path / str(len(steps))), degrees=degrees, expected_logits=expected)
+            steps[where] = ("round_trip", arguments)
+    for where, ranks in run_in_turn(MODULE, nproc, steps).items():
+        for rank, result in enumerate(ranks):
+            assert result["streamed_equal"] and result["exported_equal"], f"{where} rank {rank}"
+            assert result["padding"] == [0.0] * len(result["padding"]), f"{where} rank {rank}"
+            assert result["logits_gap"] <= 1e-5, f"{where} rank {rank}"
 
 
-@pytest.mark.skipif(not REFUSALS, reason="every layout of every family can be")
-def test_layouts_that_cannot_be_are_refused(checkpoints):
-    for nproc in sorted({world(degrees) for _, degrees, _ in REFUSALS}):
-        refusals = [refusal for refusal in REFUSALS if world(refusal[1]) == nproc]
-        steps = [("refusal", dict(path=checkpoints[name][0], degrees=degrees)) for name, degrees, _ in refusals]
-        for results in run_ranks("tests.dist.convert_cases:run_all", nproc, steps):
-            for (name, degrees, part), (kind, message) in zip(refusals, results, strict=True):
-                assert kind == "BadInput" and part in message and "\n" not in message, f"{name} {degrees}: {message}"
+@pytest.mark.parametrize("nproc", sorted({world(degrees) for _, degrees, _ in REFUSALS}))
+def test_layouts_that_cannot_be_are_refused(nproc, checkpoints):
+    parts, steps = {}, {}
+    for name, degrees, part in REFUSALS:
+        if world(degrees) == nproc:
+            where = f"{name} {degrees}"
+            parts[where], steps[where] = part, ("refusal", dict(path=checkpoints[name][0], degrees=degrees))
+    for where, ranks in run_in_turn(MODULE, nproc, steps).items():
+        for kind, message in ranks:
+            assert kind == "BadInput" and parts[where] in message and "\n" not in message, f"{where}: {message}"

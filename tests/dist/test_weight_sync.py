@@ -16,8 +16,14 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(path):
-    return run_ranks(SYNC, 2, path, timeout=300, ep=2)
+def square(tmp_path_factory):
+    """Experts are square, so that a transposed one fits."""
+    return make_checkpoint(str(tmp_path_factory.mktemp("square") / "model"), moe_intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def ranks(square):
+    return run_ranks(SYNC, 2, square, timeout=300, ep=2, ways=True)
 
 
 def test_an_engine_without_weights_is_refused(ranks):
@@ -31,23 +37,72 @@ def test_a_sync_brings_the_gap_under_the_threshold(ranks):
         assert rank["version"] == 5
 
 
-def test_the_plan_counts_the_bytes_of_the_checkpoint(ranks, path):
+def test_the_plan_counts_the_bytes_of_the_checkpoint(ranks, square):
     from safetensors.torch import load_file
 
-    tensors = load_file(f"{path}/model.safetensors").values()
+    tensors = load_file(f"{square}/model.safetensors").values()
     assert ranks[0]["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_a_rank_gets_what_it_lacks_and_nothing_else(ranks):
+    """Half of every layer's experts, which the other expert-parallel rank holds."""
+    experts = 4 * 8 * 3 * 64 * 64 * 4
+    for rank in ranks:
+        assert rank["traffic"] == {
+            "local": rank["bytes"] - experts // 2,
+            "received": experts // 2,
+            "bound": experts // 2,
+        }
 
 
 def test_copies_stay_below_two_layers(ranks):
     for rank in ranks:
-        assert 0 < rank["peak_copies"] <= 2 * rank["largest_layer"]
+        for peak in (rank["peak_copies"], rank["messages"]["peak"]):
+            assert 0 < peak <= 2 * rank["largest_layer"]
+
+
+@pytest.mark.parametrize("way", ["messages", "reload"])
+def test_other_ways_bring_the_same_weights(ranks, way):
+    """Without shared memory, and full tensors through vLLM's own reload: the log-probs are those of the first sync."""
+    for rank in ranks:
+        assert rank[way]["gap"] == rank["synced"]
+        assert rank[way]["traffic"]["bound"] == rank["traffic"]["received"]
+        assert ("full tensors through vLLM's reload, because it is asked for" in rank[way]["line"]) == (way == "reload")
+
+
+def test_what_goes_wrong_on_the_way_is_named(ranks):
+    for number, rank in enumerate(ranks):
+        assert "the prefix cache is stale" in rank["stale_cache"]
+        assert "the stream ended without model.layers.1.self_attn.q_norm.weight" in rank["skipped"]
+        assert "no rule of the qwen3_moe table names the parameter decoder.final_layernorm.extra" in rank["unexpected"]
+        assert f"decoder.final_layernorm.weight has the shape (3,) on rank {number}" in rank["misshapen"]
+
+
+@pytest.mark.parametrize(
+    "broken, names",
+    [
+        ("swapped", [f"experts.{e}.{m}_proj" for m in ("gate", "up", "down") for e in (3, 5)]),
+        ("halves", ["layers.0.mlp.experts.4.gate_proj.weight", "layers.0.mlp.experts.4.up_proj.weight"]),
+        ("transposed", ["layers.3.mlp.experts.1.down_proj.weight"]),
+        ("norm", ["layers.2.post_attention_layernorm.weight"]),
+        ("values", ["layers.0.self_attn.v_proj.weight"]),
+    ],
+)
+def test_checksums_name_every_tensor(ranks, broken, names):
+    for rank in ranks:
+        assert rank["sums"]["synced"] == "equal"
+        found = rank["sums"][broken]
+        assert found.count(" on rank 0") == len(names) and all(name in found for name in names)
 
 
 @pytest.mark.parametrize(
     "broken, named",
     [
-        ("swapped", "these tensors differ: experts.gate_proj/up_proj/down_proj in layer 2 (experts 3, 5)"),
+        ("swapped", "these tensors differ: experts.gate_proj/up_proj in layer 2 (experts 3, 5)"),  # any square down fits
         ("swapped_down", "these tensors differ: experts.down_proj in layer 1 (experts 0, 7)"),
+        ("halves", "these tensors differ: experts.gate_proj/up_proj in layer 0 (experts 4)"),
+        ("transposed", "these tensors differ: experts.down_proj in layer 3 (experts 1)"),
+        ("norm", "these tensors differ: post_attention_layernorm in layer 2"),
         ("values", "these tensors differ: self_attn.v_proj in layer 0"),
     ],
 )
@@ -62,7 +117,7 @@ def test_a_layer_the_engine_did_not_get_is_named(ranks):
     for name in (
         "self_attn.q_proj in layer 3",
         "mlp.gate in layer 3",
-        "experts.gate_proj/up_proj/down_proj in layer 3",
+        "experts.gate_proj/up_proj in layer 3",
     ):
         assert name in text
     assert "layer 2" not in text
@@ -115,7 +170,7 @@ def test_other_layouts(path, name):
 
 
 def test_a_tied_output_layer_follows_the_embedding(tmp_path):
-    """And without the patch that packs it again it keeps what it was at the first load: the patch is still needed."""
+    """And vLLM's reload, without the patch that packs it again, leaves it as it was: the patch is still needed."""
     path = make_checkpoint(str(tmp_path / "tied"), "qwen3", tie_embeddings=True)
     for rank in run_ranks("tests.dist.vllm_cases:sync_twice", 2, path, timeout=300, tp=2):
         for name in ("first", "second"):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import random
-import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megarl import platform
 from megarl.config.schema import Config, Generate, Model, Parallel, Rollout, Tokenizer
@@ -31,7 +34,7 @@ def make_checkpoint(path: str, family: str = "qwen3_moe", **changes: Any) -> str
     generate_checkpoint(
         path,
         Generate(
-            family=family, context=CONTEXT, init_std=0.15, tokenizer=Tokenizer(vocab_size=VOCAB), **SHAPE, **changes
+            family=family, context=CONTEXT, init_std=0.15, tokenizer=Tokenizer(vocab_size=VOCAB), **(SHAPE | changes)
         ),
     )
     file = Path(path) / "model.safetensors"
@@ -177,7 +180,8 @@ def patches(path: str) -> dict:
         "unpatched": unpatched,
         "patched": patched,
         "direct": direct,
-        "places": sorted(engine._direct) == sorted(weights),
+        "places": sorted(engine._direct.places) == sorted(weights),
+        "unknown": _unknown(engine),
         "refusals": [_refusal(engine, tensors) for tensors in _bad_streams(weights)],
         "norms": _norms(),
         "partly": partly,
@@ -204,46 +208,67 @@ def _process_state() -> dict:
 
 
 def sync(
-    path: str, dtype: str = "float32", learner: str | None = None, rollout: dict[str, Any] = {}, **degrees
+    path: str,
+    dtype: str = "float32",
+    learner: str | None = None,
+    rollout: dict[str, Any] = {},
+    ways: bool = False,
+    **degrees,
 ) -> dict:
     """Syncs a learner into an engine started without weights, whole and then broken in several ways.
 
-    `dtype` is the engine's, and the learner's unless that is given.
+    `dtype` is the engine's, and the learner's unless that is given. `ways`: also without shared memory, by vLLM's own
+    reload, and with a stale prefix cache and other faults on the way.
     """
     platform.setup()
     from megarl.learner.policy import Policy
-    from megarl.rollout.weight_sync import SyncPlan, check_sync, default_threshold, make_probes, sync_weights
     from megarl.learner.probes import probe_log_probs
+    from megarl.rollout.weight_sync import WeightSync, check_checksums, check_sync, default_threshold, make_probes
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, dtype=dtype, parallel=parallel, **rollout)
     learner = learner or dtype
     policy = Policy.from_hf(path, Config(model=Model(path=path, dtype=learner), parallel=parallel), mesh)
-    spec, plan = policy.spec, SyncPlan.build(policy.spec, dtype)
+    spec, weight_sync = policy.spec, WeightSync(policy.spec, parallel, mesh, engine)
+    plan = weight_sync.plan
     probes = make_probes(spec.vocab_size, 4, engine.probe_length)
     expected = probe_log_probs(policy, probes)
 
     def stream():
-        return plan.stream(policy.modules, spec, mesh)
+        return weight_sync.stream(policy.modules)
 
     def check() -> list[float] | str:
+        engine.reset_prefix_cache()  # what an earlier check left
         try:
-            gap = check_sync(engine, probes, expected, default_threshold(learner, dtype), mesh, stream)
+            gap = check_sync(weight_sync, policy.modules, probes, expected, default_threshold(learner, dtype))
         except RunFailed as error:
             return str(error)
         return [gap.mean, gap.max]
 
+    def sums() -> str:
+        try:
+            check_checksums(weight_sync, policy.modules)
+        except RunFailed as error:
+            return str(error)
+        return "equal"
+
     out: dict[str, Any] = {"unsynced": check()}
-    live = _LiveBytes(engine)
-    report = sync_weights(plan, policy.modules, spec, mesh, engine, policy_version=5)
-    out |= {"bytes": report.bytes, "seconds": report.seconds, "version": engine.policy_version, "synced": check()}
-    out |= {"peak_copies": live.peak, "largest_layer": plan.largest_layer_bytes}
+    with _LiveBytes() as live:
+        report = weight_sync.run(policy.modules, policy_version=5)
+    out |= {"bytes": plan.bytes, "traffic": asdict(report.traffic), "reload": engine.reload_reason}
+    out |= {"version": engine.policy_version, "synced": check()}
+    window = weight_sync.exchange.shared.windows[mesh.rank].nbytes
+    out |= {"peak_copies": live.peak + window, "largest_layer": plan.largest_layer_bytes}
+    out["sums"] = {"synced": sums()}
     for name, broken in BROKEN.items():
         weights = {name: tensor.clone() for name, tensor in stream()}
         engine.load_weights(broken(weights).items(), 6)
         out[name] = check()
+        out["sums"][name] = sums()
         engine.load_weights(stream(), 7)
     out["mended"] = check()
+    if ways:
+        out |= _other_ways(weight_sync, policy, parallel, check)
     exact = expected
     expected = [values + (np.arange(len(values)) > len(values) - 4) for values in exact]
     out["few_tokens"] = check()
@@ -263,9 +288,101 @@ def sync(
     return out
 
 
+def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -> dict:
+    """The same sync over other paths, each into an engine with wrong weights; and syncs that go wrong on the way."""
+    from megarl.platform.shared_memory import SharedWindows
+    from megarl.platform.vllm_direct import Direct
+    from megarl.rollout import exchange
+    from megarl.rollout.weight_sync import WeightSync, check_prefix_cache
+
+    engine, mesh, out = weight_sync.engine, weight_sync.mesh, {}
+
+    def attempt(action: Any) -> str:
+        try:
+            action()
+        except RunFailed as error:
+            return str(error)
+        return "accepted"
+
+    def spoil() -> None:
+        engine.load_weights(((name, t * 1.1) for name, t in weight_sync.stream(policy.modules)), 0)
+
+    plain_windows = exchange.platform.shared_windows
+    exchange.platform.shared_windows = lambda *arguments: SharedWindows({}, {}, 1.0)
+    for name, reason in (("messages", None), ("reload", "it is asked for")):
+        spoil()
+        engine.reload_reason, direct = reason, engine._direct
+        engine._direct = None if reason else direct
+        other = WeightSync(policy.spec, parallel, mesh, engine)
+        with _LiveBytes() as live:
+            report = other.run(policy.modules, 1)
+        out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
+        engine.reload_reason, engine._direct = None, direct
+        exchange.platform.shared_windows = plain_windows
+    weight_sync.run(policy.modules, 2)
+    engine.generate(prompts(2, 40), _sampling(), 1)
+    out["stale_cache"] = attempt(lambda: check_prefix_cache(engine, mesh))
+    engine.reset_prefix_cache()
+    plain, skipped = Direct.write_stretches, "model.layers.1.self_attn.q_norm.weight"
+    Direct.write_stretches = lambda self, stretches, values: (
+        None if stretches[0].names == (skipped,) else plain(self, stretches, values)
+    )
+    out["skipped"] = attempt(lambda: weight_sync.run(policy.modules, 3))
+    Direct.write_stretches = plain
+    chunk = policy.modules[-1]
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    norm = chunk.decoder.final_layernorm
+    norm.extra = torch.nn.Parameter(torch.zeros(2))
+    out["unexpected"] = attempt(lambda: weight_sync.run(policy.modules, 4))
+    del norm.extra
+    norm.weight, kept = torch.nn.Parameter(torch.ones(3)), norm.weight
+    out["misshapen"] = attempt(lambda: weight_sync.run(policy.modules, 4))
+    norm.weight = kept
+    return out
+
+
+def _sampling() -> Any:
+    from megarl.rollout.engine import Sampling
+
+    return Sampling(1, 2, 1.0)
+
+
 def _bad_streams(weights: dict) -> list[dict]:
     query = "model.layers.0.self_attn.q_proj.weight"
     return [{"model.layers.0.bias": weights[query]}, {query: weights[query][1:]}, {query: weights[query]}]
+
+
+def _unknown(engine) -> dict:
+    """Why a model with one thing that nothing is known of is not written into."""
+    from megarl.platform import vllm_direct
+
+    model, direct = engine.model, engine._direct
+
+    def reason() -> str:
+        found = vllm_direct.take_on(model, direct.hosted, direct.names)
+        return found if isinstance(found, str) else "taken on"
+
+    out = {"nothing": reason()}
+    attention, experts = model.model.layers[0].self_attn, model.model.layers[1].mlp.experts.routed_experts
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+    out["parameter"] = reason()
+    del attention.sinks
+    kernel = experts.quant_method.moe_kernel
+    experts.quant_method.moe_kernel = None
+    out["kernel"] = reason()
+    experts.quant_method.moe_kernel = kernel
+    plain = vllm_direct.pack
+    vllm_direct.packs_by_matrix.cache_clear()
+    vllm_direct.pack = lambda new, to, isa: to.copy_(new.flip(1))
+    out["packing"] = reason()
+    vllm_direct.packs_by_matrix.cache_clear()
+    vllm_direct.pack = lambda *arguments: torch.ops._C.no_such_operator(*arguments)
+    out["operator"] = reason()
+    vllm_direct.pack = plain
+    vllm_direct.packs_by_matrix.cache_clear()
+    out["mapping"] = vllm_direct.take_on(model, direct.hosted | {"model.other.weight": (slice(0, 1),)}, direct.names)
+    return out
 
 
 def _refusal(engine, tensors: dict) -> str:
@@ -300,14 +417,14 @@ def sync_twice(path: str, **degrees) -> dict:
     platform.setup()
     from megarl.convert import stream_hf
     from megarl.learner.policy import Policy
-    from megarl.platform import vllm_patches
-    from megarl.rollout.weight_sync import SyncPlan, compare_with_learner, make_probes, measure_gap, sync_weights
     from megarl.learner.probes import probe_log_probs
+    from megarl.platform import vllm_patches
+    from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
 
     parallel = Parallel(**degrees)
     engine, mesh = start(path, load=False, parallel=parallel)
     policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
-    plan, probes = SyncPlan.build(policy.spec, "float32"), make_probes(policy.spec.vocab_size, 4)
+    weight_sync, probes = WeightSync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
 
     def compare() -> dict:
         found = compare_with_learner(engine, mesh, stream_hf(policy.modules, policy.spec, mesh))
@@ -316,13 +433,14 @@ def sync_twice(path: str, **degrees) -> dict:
 
     out = {}
     for name in ("first", "second"):
-        sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+        weight_sync.run(policy.modules, 0)
         out[name] = compare()
         for chunk in policy.modules:
             for parameter in chunk.parameters():
                 parameter.data.mul_(1.05)
+    engine.reload_reason, engine._direct = "it is asked for", None
     vllm_patches._pack_tied_output = lambda model: None
-    sync_weights(plan, policy.modules, policy.spec, mesh, engine, 0)
+    WeightSync(policy.spec, parallel, mesh, engine).run(policy.modules, 0)
     return out | {"unpatched": compare()}
 
 
@@ -339,6 +457,25 @@ def _swap_down(weights: dict) -> dict:
     return weights
 
 
+def _swap_halves(weights: dict) -> dict:
+    """Gate and up of one expert."""
+    a, b = (f"model.layers.0.mlp.experts.4.{matrix}.weight" for matrix in ("gate_proj", "up_proj"))
+    weights[a], weights[b] = weights[b], weights[a]
+    return weights
+
+
+def _transpose(weights: dict) -> dict:
+    """One expert's matrix, if it is square."""
+    name = "model.layers.3.mlp.experts.1.down_proj.weight"
+    weights[name] = weights[name].T.contiguous() if len(set(weights[name].shape)) == 1 else weights[name]
+    return weights
+
+
+def _change_norm(weights: dict) -> dict:
+    weights["model.layers.2.post_attention_layernorm.weight"] *= 1.1
+    return weights
+
+
 def _skip_layer(weights: dict) -> dict:
     """The engine keeps what it had: random weights, loaded first."""
     return {
@@ -351,34 +488,59 @@ def _scale_values(weights: dict) -> dict:
     return weights
 
 
-BROKEN = {"swapped": swap_experts, "swapped_down": _swap_down, "layer": _skip_layer, "values": _scale_values}
+BROKEN = {
+    "swapped": swap_experts,
+    "swapped_down": _swap_down,
+    "halves": _swap_halves,
+    "transposed": _transpose,
+    "norm": _change_norm,
+    "layer": _skip_layer,
+    "values": _scale_values,
+}
 
 
-class _LiveBytes:
-    """Counts the bytes of what the engine holds beside its weights during a load: copies, or layers not yet taken over."""
+class _LiveBytes(TorchDispatchMode):
+    """Most bytes that tensors made inside the block took up at once."""
 
-    def __init__(self, engine) -> None:
-        from megarl.platform import vllm_direct, vllm_patches
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self.refs = 0, {}
 
-        self.now = self.peak = 0
-        plain_copies, plain_take = vllm_patches._copies, vllm_direct.Experts.take
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {self._storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and self._storage(tensor)._cdata not in before:
+                self.refs[self._storage(tensor)._cdata] = StorageWeakRef(self._storage(tensor)), tensor.nbytes
+        self.refs = {key: item for key, item in self.refs.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.refs.values()))
+        return out
 
-        def counted(tensors):
-            for name, tensor in plain_copies(tensors):
-                size = tensor.numel() * tensor.element_size()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor, self._freed, size)
-                yield name, tensor
-                del tensor
+    @staticmethod
+    def _storage(tensor):
+        return tensor.untyped_storage()
 
-        def take(layer):
-            held = [x.weight for x in set(engine._direct.values()) if getattr(x, "weight", None) is not None]
-            held += [w for x in set(engine._direct.values()) for w in getattr(x, "weights", None) or ()]
-            self.peak = max(self.peak, sum(t.numel() * t.element_size() for t in held))
-            plain_take(layer)
 
-        vllm_patches._copies, vllm_direct.Experts.take = counted, take
+def family(path: str, rollout: dict[str, Any], **degrees) -> dict:
+    """Two syncs of a checkpoint of any family, the weights changed between them, and all comparisons after each."""
+    platform.setup()
+    from megarl.learner.policy import Policy
+    from megarl.learner.probes import probe_log_probs
+    from megarl.rollout.checksums import differing_tensors
+    from megarl.rollout.weight_sync import WeightSync, compare_with_learner, make_probes, measure_gap
 
-    def _freed(self, size: int) -> None:
-        self.now -= size
+    parallel = Parallel(**degrees)
+    engine, mesh = start(path, load=False, parallel=parallel, **rollout)
+    policy = Policy.from_hf(path, Config(model=Model(path=path), parallel=parallel), mesh)
+    sync, probes = WeightSync(policy.spec, parallel, mesh, engine), make_probes(policy.spec.vocab_size, 4)
+    out: dict[str, Any] = {"reload": engine.reload_reason, "gaps": [], "differing": [], "sums": []}
+    for version in (1, 2):
+        report = sync.run(policy.modules, version)
+        out["gaps"].append(measure_gap(engine, probes, probe_log_probs(policy, probes), mesh).mean)
+        found = compare_with_learner(engine, mesh, sync.stream(policy.modules))
+        out["differing"] += [str(item) for item in found if item.differs]
+        out["sums"] += [] if sync.plan.whole else differing_tensors(sync, policy.modules)
+        for chunk in policy.modules:
+            for parameter in chunk.parameters():
+                parameter.data.mul_(1.02)
+    return out | {"moved": [report.traffic.received, report.traffic.bound]}

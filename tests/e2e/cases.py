@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,40 +163,43 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
-        for name, follow in BROKEN.items():
+        for name, (method, broken) in BROKEN.items():
             own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-{name}"])
-            rows[name] = _sync_with(rl.RLTrainer(own, mesh, rewards), follow)
+            rows[name] = _sync_with(rl.RLTrainer(own, mesh, rewards), method, broken)
     return rows
 
 
-def _swapped(_plan: Any, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _swapped(stretches: Any, direct: Any, parts: list[tuple]) -> list[Any]:
     places = {"layers.1.mlp.experts.2.": "layers.1.mlp.experts.5.", "layers.1.mlp.experts.5.": "layers.1.mlp.experts.2."}
-    for name, tensor in stream:
-        place = next((place for place in places if place in name), "")
-        yield name.replace(place, places.get(place, "")), tensor
+    found = [next((place for place in places if place in name), "") for name, *_ in parts]
+    return stretches(
+        direct, [(part[0].replace(place, places.get(place, "")), *part[1:]) for part, place in zip(parts, found)]
+    )
 
 
-def _skipped(_plan: Any, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in stream:
-        yield name, tensor * 0.5 if "layers.0.self_attn.o_proj" in name else tensor
+def _scaled(write: Any, direct: Any, stretches: list[Any], values: torch.Tensor) -> None:
+    names = {name for one in stretches for name in one.names}
+    write(direct, stretches, values * 0.5 if "model.layers.0.self_attn.o_proj.weight" in names else values)
 
 
-# what a weight sync hands the engine: two experts swapped, or a matrix of other values
-BROKEN = {"swapped": _swapped, "skipped": _skipped}
+# how a weight sync writes into the engine: two experts swapped, or a matrix of other values
+BROKEN = {"swapped": ("stretches", _swapped), "skipped": ("write_stretches", _scaled)}
 
 
-def _sync_with(trainer: Any, follow: Any) -> str:
-    """A run's first sync with a broken stream, in the place of the first guard, so that log-probs have to tell."""
+def _sync_with(trainer: Any, method: str, broken: Any) -> str:
+    """A run's first sync with a broken step inside, so that log-probs have to tell."""
     from megarl.errors import RunFailed
-    from megarl.rollout import weight_sync
+    from megarl.platform.vllm_direct import Direct
 
-    plain, weight_sync.SyncPlan.follow = weight_sync.SyncPlan.follow, follow
+    plain = getattr(Direct, method)
+    setattr(Direct, method, lambda direct, *arguments: broken(plain, direct, *arguments))
     try:
         trainer.prepare()
     except RunFailed as error:
         return str(error)
     finally:
-        weight_sync.SyncPlan.follow = plain
+        setattr(Direct, method, plain)
+        trainer.engine._stretches.clear()
         trainer.loop.close()
     return "nothing was noticed"
 

@@ -108,7 +108,7 @@ def said(trained: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         return project
 
     file = case("family", "sft").model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llama"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "gpt2"}))
     (case("no weights", "sft").model / "model.safetensors").unlink()
     (case("no template", "rl", "rl.init_from=model").model / "chat_template.jinja").unlink()
     rows = {"malformed": "{broken]", "too long": json.dumps(GOOD | {"prompt": "9" * 80})}
@@ -126,7 +126,7 @@ def said(trained: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.mark.parametrize(
     "name, parts",
     [
-        ("family", ["config.json", "'llama'", "qwen3_moe"]),
+        ("family", ["config.json", "'gpt2'", "qwen3_moe"]),
         ("no weights", ["{model}", "model.safetensors"]),
         ("no template", ["{model}", "model.chat_template"]),
         ("malformed", ["malformed.jsonl:1"]),

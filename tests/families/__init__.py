@@ -33,14 +33,20 @@ class Case:
     settings: dict[str, Any]
     layouts: tuple[dict[str, int], ...] = (dict(tp=2), dict(ep=2), dict(pp=2), dict(tp=2, ep=2, pp=2))
     refuses: tuple[tuple[dict[str, int], str], ...] = ()
-    served: bool = True  # whether vLLM's CPU build has the architecture
+    serve: dict[str, Any] | None = field(default_factory=dict)  # settings it is served by vLLM with; none: it cannot be
     weights: Callable[[Any], None] = field(default=lambda model: None)  # the last word on the model's weights
 
-    def write(self, folder: Path, seed: int = 3):
+    def configuration(self, **changes: Any):
+        """transformers' configuration."""
+        import transformers
+
+        return getattr(transformers, self.config)(**(SHAPE | self.settings | changes))
+
+    def write(self, folder: Path, seed: int = 3, **changes: Any):
         """A float32 checkpoint with all weights random, norms and buffers too; returns the model, in eager attention."""
         import transformers
 
-        config = getattr(transformers, self.config)(**(SHAPE | self.settings))
+        config = self.configuration(**changes)
         config._attn_implementation = "eager"
         name = self.config.removesuffix("Config") + "ForCausalLM"
         model = getattr(transformers, name)(config).float().eval()

@@ -277,7 +277,7 @@ LONG = ["model.generate.context=64", "rollout.max_response_tokens=16", "rl.max_p
 QWEN3 = ["model.generate.family=qwen3"]
 REFUSED = {  # settings -> what is said about them
     ("parallel.tp=3",): "parallel.tp = 3: does not divide the model's 8 attention heads",
-    ("model.generate.num_heads=12", "model.generate.num_kv_heads=6", "parallel.tp=4"): "tp = 4: does not divide the model's 6 key",
+    ("model.generate.num_heads=12", "model.generate.num_kv_heads=6", "parallel.tp=4"): "does not divide the model's 6 key",
     (*QWEN3, "model.generate.intermediate_size=255", "parallel.tp=2"): "parallel.tp = 2: does not divide the model's 255 in",
     ("parallel.ep=3",): "parallel.ep = 3: does not divide the model's 8 experts",
     ("parallel.ep=16",): "parallel.ep = 16: does not divide the model's 8 experts",

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.config.schema import Model, Parallel
-from megarl.convert import family, load_hf, pad_token_id, read_spec, save_hf, stream_hf, validate_folder
+from megarl.convert import FAMILIES, family, load_hf, pad_token_id, read_spec, save_hf, stream_hf, validate_folder
+from megarl.convert.hf_io import locked
+from megarl.convert.load import matched
+from megarl.convert.reader import HFReader
+from megarl.convert.save import Export, copy_aside, export_weights
+from megarl.convert.stream import Weights
 from megarl.data import BatchLayout
-from megarl.errors import BadInput
+from megarl.errors import BadInput, RunFailed
 from tests.dist.checkpoints import make
 from tests.dist.convert_cases import logits, same, tokens
 
@@ -178,6 +184,97 @@ def test_sharded_export_loads_and_keeps_side_files(checkpoint, mesh, tmp_path):
     assert same(load_file(out / "model.safetensors"), before)
     assert not (out / "model.safetensors.index.json").exists()
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("index", [(), (0, 3), (2, 2), (slice(1, 4),), (slice(None), slice(1, 2)), (1, slice(None), 5)])
+def test_ranges_are_those_of_the_tensor(index, tmp_path):
+    """Short and long stretches, of which the long ones are read one by one."""
+    tensors = {"short": torch.randn(5, 4, 7), "long": torch.randn(3, 4, 6000), "half": torch.randn(4, 4, 6).half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    reader = HFReader(tmp_path)
+    for name, tensor in tensors.items():
+        spans = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
+        spans = tuple(slice(*s.indices(n)) for s, n in zip([*spans, *[slice(None)] * 3], tensor.shape))
+        assert torch.equal(reader.read(name, spans), tensor[spans])
+        target = torch.full((8, 8, 6000), -1.0)[tuple(slice(0, s.stop - s.start) for s in spans)]  # not contiguous
+        reader.read_into(target, name, spans)
+        assert torch.equal(target, tensor[spans].float())
+
+
+def test_fp8_blocks_are_read_and_written_by_the_formula(mesh, tmp_path):
+    """A weight is its e4m3 number times the factor of its block: here by hand, in float64, for ragged blocks too."""
+    make(tmp_path / "in", hidden_size=160, moe_intermediate_size=136, num_hidden_layers=1)
+    chunks, spec = build(tmp_path / "in", mesh)
+    save_hf(tmp_path / "fp8", chunks, spec, mesh, dtype="fp8", extra_from=tmp_path / "in")
+    before, stored = load_file(tmp_path / "in" / "model.safetensors"), load_file(tmp_path / "fp8" / "model.safetensors")
+    by_hand, coded = {}, 0
+    for name, tensor in before.items():
+        scale = stored.get(f"{name}_scale_inv")
+        assert (scale is None) == ("_proj" not in name), name
+        if scale is None:
+            by_hand[name] = tensor.bfloat16().float()
+            continue
+        coded += 1
+        assert scale.shape == (-(-tensor.shape[0] // 128), -(-tensor.shape[1] // 128)) and scale.dtype == torch.float32
+        wide = scale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        by_hand[name] = (stored[name].double() * wide).float()
+        block = tensor[:128, :128].abs().max() / 448
+        assert torch.isclose(scale[0, 0], block) and (by_hand[name] - tensor).abs().max() <= tensor.abs().max() / 16
+    assert coded == 4 + 3 * 8
+    assert "quantization_config" in json.loads((tmp_path / "fp8" / "config.json").read_text())
+    again, spec_again = build(tmp_path / "fp8", mesh)
+    assert spec_again == spec and same(dict(stream_hf(again, spec, mesh)), by_hand)
+    name, part = "model.layers.0.self_attn.o_proj.weight", (slice(130, 140), slice(50, 90))  # in the second row of blocks
+    assert torch.equal(HFReader(tmp_path / "fp8").read(name, part), by_hand[name][part])
+    save_hf(tmp_path / "plain", again, spec, mesh, dtype="float32", extra_from=tmp_path / "fp8")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert same(load_file(tmp_path / "plain" / "model.safetensors"), by_hand)
+
+
+def test_tensors_kept_aside_are_written_back(checkpoint, mesh, tmp_path, monkeypatch):
+    """With a table that sets the layer after the last aside, as the tables with multi-token prediction do."""
+    source = shutil.copytree(checkpoint, tmp_path / "in")
+    extra = {"model.layers.4.eh_proj.weight": torch.randn(3, 5).half(), "model.layers.4.count": torch.arange(3)}
+    rewrite(source, lambda tensors: tensors.update(extra))
+    with pytest.raises(BadInput, match="layers.4.count belongs to no part"):
+        build(source, mesh)
+    table = replace(FAMILIES["qwen3_moe"], aside=lambda spec: (f"model.layers.{spec.num_layers}.",))
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", table)
+    chunks, spec = build(source, mesh)
+    save_hf(tmp_path / "out", chunks, spec, mesh, extra_from=source)
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors"))
+    assert sorted(copy_aside(source, tmp_path, spec)) == sorted(extra)
+    assert same(load_file(tmp_path / "aside.safetensors"), extra)
+
+
+def test_a_cut_export_goes_on_and_a_held_place_is_refused(checkpoint, mesh, tmp_path):
+    chunks, spec = build(checkpoint, mesh)
+    held = {name: tensor for name, (_, tensor) in matched(chunks, spec).items()}
+    export = Export(extra_from=checkpoint, max_file_bytes=100_000, settings={"of": "this model"})
+    fetched = []
+
+    def fetch(names, broken=True):
+        fetched.append(names[0])
+        if broken and names[0].startswith("decoder.layers.2."):
+            raise RunFailed("cut")
+        return held
+
+    whole = Weights.of(held)
+    with pytest.raises(RunFailed, match="cut"):
+        export_weights(tmp_path / "out", replace(whole, fetch=fetch), spec, mesh, export)
+    done = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".out.new").glob("*.safetensors")}
+    assert len(done) > 2 and [entry.name for entry in tmp_path.iterdir()] == [".out.new"]
+    (tmp_path / ".out.lock").write_text("process 1 on another machine")  # its process is gone, or never was
+    with locked(tmp_path / "out"), pytest.raises(BadInput, match="process .* writes there"):
+        export_weights(tmp_path / "out", whole, spec, mesh, export)
+    fetched.clear()
+    export_weights(tmp_path / "out", replace(whole, fetch=lambda names: fetch(names, False)), spec, mesh, export)
+    assert not any(name.startswith("decoder.layers.0.") for name in fetched)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == done
+    merged = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert same(merged, load_file(checkpoint / "model.safetensors"))
+    assert not list((tmp_path / "out").glob(".*")) and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_export_refuses_other_places_and_leaves_nothing(checkpoint, mesh, tmp_path, monkeypatch):
@@ -353,6 +450,48 @@ def lost_part(folder):
     return "tensor .* is missing|model-1.safetensors: no such file"
 
 
+def not_a_number(folder):
+    rewrite(folder, lambda t: t["model.layers.2.mlp.experts.3.down_proj.weight"][1].fill_(float("nan")))
+    return "layers.2.mlp.experts.3.down_proj.weight holds a nan"
+
+
+def two_parts(folder, change):
+    """As two files and an index, after `change(first, second, weight_map)`."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a": dict.fromkeys(names[::2]), "b": dict.fromkeys(names[1::2])}
+    weight_map = {name: f"{part}.safetensors" for part, of in parts.items() for name in of}
+    change(parts["a"], parts["b"], weight_map)
+    for part, of in parts.items():
+        save_file({name: tensors[name] for name in of}, folder / f"{part}.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}  # a wrong size harms nobody
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lying_index(folder):
+    two_parts(folder, lambda a, b, weight_map: weight_map.update({"model.norm.weight": "b.safetensors"}))
+    return "b.safetensors: no tensor model.norm.weight, though .* names it .it is in a.safetensors"
+
+
+def twice(folder):
+    two_parts(folder, lambda a, b, weight_map: b.update({"model.norm.weight": None}))
+    return "model.norm.weight is in a.safetensors and in b.safetensors"
+
+
+def two_sets(folder):
+    shutil.copyfile(folder / "model.safetensors", folder / "kept")
+    two_parts(folder, lambda a, b, weight_map: None)
+    (folder / "kept").rename(folder / "model.safetensors")
+    return "two sets of weights"
+
+
+def unknown_encoding(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    return "quant_method='awq'"
+
+
 def no_config(folder):
     (folder / "config.json").unlink()
     return "config.json: no such file"
@@ -372,6 +511,11 @@ DAMAGES = [
     extra_bias,
     quantised,
     lost_part,
+    not_a_number,
+    lying_index,
+    twice,
+    two_sets,
+    unknown_encoding,
     no_config,
     bad_config,
 ]

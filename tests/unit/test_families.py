@@ -1,17 +1,22 @@
-"""Every family on one process: logits of transformers, the same bits back, the same config.json."""
+"""Every family on one process: logits and gradients of transformers, the same bits back, the same config.json."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.config.schema import Model, Parallel
-from megarl.convert import family, load_hf, read_spec, save_hf
+from megarl.config import Config, Model
+from megarl.config.schema import Parallel
+from megarl.convert import family, load_hf, read_spec, save_hf, stream_gradients, stream_hf
 from megarl.convert.hf_io import read_config
+from megarl.errors import BadInput
 from megarl.parallel import Mesh
-from tests.dist.convert_cases import logits, same, tokens
-from tests.families import all_cases
+from tests.dist.convert_cases import TOKENS, hidden_states, logits, same, tokens
+from tests.families import SHAPE, all_cases
 
 CASES = all_cases()
 
@@ -27,16 +32,22 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_bits_and_config(name, mesh, tmp_path):
+def loaded(folder, mesh):
+    """(chunks, spec) of a checkpoint."""
     from megarl.models.build import build_model
 
-    reference = CASES[name].write(tmp_path / "in")
-    spec = read_spec(tmp_path / "in")
-    chunks = build_model(spec, Model(path=str(tmp_path / "in")), mesh, Parallel())
+    spec = read_spec(folder)
+    chunks = build_model(spec, Model(path=str(folder)), mesh, Parallel())
     for parameter in chunks[0].parameters():
         torch.nn.init.constant_(parameter, float("nan"))  # what load_hf leaves out is seen
-    load_hf(tmp_path / "in", chunks, spec, mesh)
+    load_hf(folder, chunks, spec, mesh)
+    return chunks, spec
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_bits_and_config(name, mesh, tmp_path):
+    reference = CASES[name].write(tmp_path / "in")
+    chunks, spec = loaded(tmp_path / "in", mesh)
     with torch.no_grad():
         expected = reference(tokens(spec.vocab_size)).logits[0]
     assert expected.abs().max() > 0.5
@@ -53,3 +64,156 @@ def test_logits_bits_and_config(name, mesh, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens(spec.vocab_size)).logits[0], expected)
     assert written["model_type"] == read_config(tmp_path / "in")["model_type"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name, mesh, tmp_path):
+    """Of every weight, those of transformers to float32's rounding."""
+    from megarl.models.layers.lm_head import output_weight
+
+    reference = CASES[name].write(tmp_path / "in")
+    (chunk,), spec = loaded(tmp_path / "in", mesh)
+    upstream = torch.randn(TOKENS, spec.vocab_size, generator=torch.Generator().manual_seed(7))
+    (reference(tokens(spec.vocab_size)).logits[0] * upstream).sum().backward()
+    (hidden_states(chunk, spec)[0] @ output_weight(chunk).t() * upstream).sum().backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.grad)
+        for parameter in chunk.parameters():
+            parameter.main_grad = parameter.grad
+    reference.save_pretrained(tmp_path / "gradients")  # under the names of a checkpoint
+    expected = load_file(tmp_path / "gradients" / "model.safetensors")
+    found = {name: gradient.clone() for name, gradient in stream_gradients([chunk], spec, mesh)}
+    assert set(found) == {name for name in expected if "e_score_correction_bias" not in name}
+    for name, gradient in found.items():
+        assert expected[name].any() or ".experts." in name, name  # an expert may have no token
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_the_selection_bias_is_float32_whatever_the_model_is(mesh, tmp_path):
+    from megarl.learner.policy import Policy
+
+    CASES["glm4_moe"].write(tmp_path / "in")
+    cfg = Config(model=Model(path=str(tmp_path / "in"), dtype="bfloat16"))
+    policy = Policy.from_hf(tmp_path / "in", cfg, mesh)
+    held = dict(stream_hf(policy.modules, policy.spec, mesh))
+    for name, tensor in load_file(tmp_path / "in" / "model.safetensors").items():
+        is_bias = name.endswith("e_score_correction_bias")
+        assert torch.equal(held[name], tensor if is_bias else tensor.bfloat16()), name
+
+
+def spec_of(config):
+    return family(config["model_type"]).read_config(config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_absent_keys_mean_what_transformers_assumes(name):
+    """Any key that has the value of transformers' class may be left out, or is asked for by name."""
+    import transformers
+
+    case = CASES[name]
+    kind = getattr(transformers, case.config)
+    full, assumed = kind(**(SHAPE | case.settings)).to_dict(), kind().to_dict()
+    spec = spec_of(full)
+    for key, value in full.items():
+        if key not in ("model_type", "architectures") and assumed.get(key, full) == value:
+            try:
+                found = spec_of({other: kept for other, kept in full.items() if other != key})
+            except BadInput as error:
+                assert f"{key} is missing" in str(error)
+            else:
+                # what is set aside is no part of the model; without the key nothing is
+                assert replace(found, mtp_layers=spec.mtp_layers) == spec, key
+
+
+# As published, without what is harmless: names, tokens, training.
+PUBLISHED = {
+    "Qwen/Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe", "attention_dropout": 0.0, "decoder_sparse_step": 1, "hidden_act": "silu",
+        "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21,
+        "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "meta-llama/Llama-3.1-8B": {
+        "model_type": "llama", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256,
+    },
+    "mistralai/Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+        "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "allenai/OLMoE-1B-7B-0924": {
+        "model_type": "olmoe", "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "hidden_act": "silu",
+        "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
+    },
+    "deepseek-ai/DeepSeek-V2": {
+        "model_type": "deepseek_v2", "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, "ep_size": 1, "first_k_dense_replace": 1,
+        "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 12288, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 1536, "moe_layer_freq": 1, "n_group": 8,
+        "n_routed_experts": 160, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 128,
+        "num_experts_per_tok": 6, "num_hidden_layers": 60, "num_key_value_heads": 128, "pretraining_tp": 1,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func": "softmax", "seq_aux": True,
+        "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy", "v_head_dim": 128,
+        "vocab_size": 102400,
+    },
+    "deepseek-ai/DeepSeek-V3": {
+        "model_type": "deepseek_v3", "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "ep_size": 1, "first_k_dense_replace": 3,
+        "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+        "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True,
+        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
+    },
+    "zai-org/GLM-4.5": {
+        "model_type": "glm4_moe", "attention_bias": True, "attention_dropout": 0.0, "first_k_dense_replace": 3,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 12288,
+        "max_position_embeddings": 131072, "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 160,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+        "num_hidden_layers": 92, "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 2.5,
+        "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": True, "vocab_size": 151552,
+    },
+}  # fmt: skip
+BILLIONS = {  # parameters as their makers state them, without further-token prediction
+    "Qwen/Qwen1.5-MoE-A2.7B": 14.3, "meta-llama/Llama-3.1-8B": 8.0, "mistralai/Mixtral-8x7B-v0.1": 46.7,
+    "allenai/OLMoE-1B-7B-0924": 6.9, "deepseek-ai/DeepSeek-V2": 236, "deepseek-ai/DeepSeek-V3": 671,
+    "zai-org/GLM-4.5": 355,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_read_in_both_forms(name):
+    """transformers 4 form as published and transformers 5 form are one model, of the size its makers state."""
+    from transformers import CONFIG_MAPPING
+
+    published = PUBLISHED[name]
+    spec = spec_of(published)
+    kind = CONFIG_MAPPING[published["model_type"]]
+    again = kind(**{key: value for key, value in published.items() if key not in ("model_type", "auto_map")}).to_dict()
+    assert "rope_parameters" in again
+    assert spec_of(again) == spec
+    assert spec_of(family(spec.family).write_config(spec)) == spec
+    numbers = sum(math.prod(size) for size in family(spec.family).hf_shapes(spec).values())
+    assert numbers / 1e9 == pytest.approx(BILLIONS[name], rel=0.01)

@@ -9,10 +9,13 @@ from megarl import platform
 
 platform.setup()
 
-from megarl.models.layers.torch_layers import rotate  # noqa: E402
+from megarl.data.packing import zigzag  # noqa: E402
+from megarl.models.layers.torch_layers import attend, rotate  # noqa: E402
+from megarl.models.moe.biased_experts import ClampedSwiGLU  # noqa: E402
+from megarl.models.packing_params import PackedRow, attention_layout  # noqa: E402
 from megarl.models.rope import tables  # noqa: E402
 from megarl.models.spec import Rope  # noqa: E402
-from megarl.platform import cpu, cpu_products, cuda_experts  # noqa: E402
+from megarl.platform import cpu, cpu_products, cuda, cuda_experts  # noqa: E402
 
 
 def test_rms_norm_and_its_gradient():
@@ -126,3 +129,67 @@ def test_chunks_are_sorted_unless_they_are():
     assert same is tokens and same_probs is probs
     turned, turned_probs = sort_chunks_by_idxs(tokens, sizes, torch.tensor([2, 0, 1]), probs=probs)
     assert turned_probs.tolist() == [3, 4, 5, 0, 1, 2] and torch.equal(turned, tokens[[3, 4, 5, 0, 1, 2]])
+
+
+def _attention(query, key, value, documents, window, sinks):
+    """The formula, with a mask over the whole row and one softmax."""
+    n, group = len(query), query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[2] ** 0.5
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    seen = (documents[:, None] == documents) & (back >= 0) & (back < (window or n))
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :n], value)
+
+
+# shorter and longer than a window's cuts, even for the two halves that each of two ranks has
+@pytest.mark.parametrize(
+    ("lengths", "window"), [([4, 140, 40, 64, 204, 8], w) for w in (0, 7, 100)] + [([16, 16], 7)]
+)
+@pytest.mark.parametrize("ways", [None, cpu, cuda])  # where sinks are computed; None: without
+def test_attention_of_packed_rows(lengths, window, ways, monkeypatch):
+    torch.manual_seed(0)
+    n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    tensors = [torch.randn(n, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if ways else None
+    inputs = [*tensors, sinks] if ways else tensors
+    if ways:
+        monkeypatch.setattr(platform, "sink_attention", ways.sink_attention)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    expected, upstream = _attention(*tensors, documents, window, sinks), torch.randn(n, 4, 6, dtype=torch.float64)
+    plain = torch.autograd.grad(expected, inputs, upstream)
+
+    for cp in (1, 2):
+        held = [zigzag(torch.tensor(lengths), cp, rank) for rank in range(cp)]  # the rows of each rank
+        key, value = (x[torch.cat(held)] for x in tensors[1:])
+        out = torch.zeros_like(expected)
+        for rank, rows in enumerate(held):
+            row = PackedRow(layouts={window: attention_layout(cu_seqlens, window, cp, rank)})
+            out = out.index_copy(0, rows, attend(tensors[0][rows], key, value, row, window, sinks))
+        mine = torch.autograd.grad(out, inputs, upstream)
+        assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip((out, *mine), (expected, *plain), strict=True))
+
+
+@pytest.mark.parametrize("way", [cpu.grouped_linear, cuda_experts.grouped_linear])
+def test_grouped_linear_and_its_gradients(way):
+    torch.manual_seed(0)
+    counts = torch.tensor([5, 0, 19])
+    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((24, 8), (3, 16, 8), (3, 16)))
+    own = torch.arange(3).repeat_interleave(counts)
+    expected = torch.einsum("nk,nmk->nm", x, weight[own]) + bias[own]
+    out = way(x, weight, bias, counts.cumsum(0).int())
+    upstream = torch.randn_like(out)
+    mine, plain = (torch.autograd.grad(o, (x, weight, bias), upstream) for o in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=0) for a, b in zip((out, *mine), (expected, *plain), strict=True))
+
+
+def test_clamped_activation_and_its_gradient():
+    torch.manual_seed(0)
+    gate_up = (6 * torch.randn(40, 8, dtype=torch.float64)).requires_grad_()
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any()
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    assert torch.allclose(ClampedSwiGLU.apply(gate_up), gate * torch.sigmoid(1.702 * gate) * (up + 1), atol=1e-13, rtol=0)
+    assert torch.autograd.gradcheck(ClampedSwiGLU.apply, gate_up)

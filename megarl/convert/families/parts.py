@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from megarl.convert.hf_config import Key
+from megarl.convert.hf_config import Key, checked
 from megarl.convert.rules import Rule, experts, gate_up, plain, qkv, vocab
+from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
 
 
@@ -58,6 +60,8 @@ def attention(spec: ModelSpec) -> tuple[Rule, ...]:
         rules.append(qkv("self_attention.linear_qkv.bias", f"{q}.bias", f"{k}.bias", f"{v}.bias", ("Q", "K", "K")))
     if spec.output_bias:
         rules.append(plain("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"))
+    if spec.sinks:
+        rules.append(plain("self_attention.sinks", "self_attn.sinks", "N", split=0))
     if spec.qk_norm == "head":
         rules.append(plain("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D"))
         rules.append(plain("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"))
@@ -92,3 +96,61 @@ def shared_experts(prefix: str) -> tuple[Rule, ...]:
         gate_up("mlp.shared_experts.linear_fc1.weight", gate, up, "SH"),
         plain("mlp.shared_experts.linear_fc2.weight", down, "HS", split=1),
     )
+
+
+def selection_bias(spec: ModelSpec) -> tuple[Rule, ...]:
+    """What the router adds to its scores for the choice of experts only: a float32 buffer in every precision."""
+    if not spec.selection_bias:
+        return ()
+    rule = plain("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", "E")
+    return (replace(rule, dtype="float32"),)
+
+
+def shared_width(config: Mapping[str, Any], where: str, default: int) -> dict[str, int]:
+    """`shared_width` of n_shared_experts experts as wide as the others."""
+    count = checked("n_shared_experts", config.get("n_shared_experts", default), int, where)
+    return {"shared_width": count * checked("moe_intermediate_size", config.get("moe_intermediate_size"), int, where)}
+
+
+def write_shared(spec: ModelSpec) -> dict[str, int]:
+    return {"n_shared_experts": spec.shared_width // spec.moe_intermediate_size}
+
+
+def first_layers_dense(config: Mapping[str, Any], where: str, default: int) -> dict[str, tuple[int, ...]]:
+    """`moe_layers`: all but the first first_k_dense_replace."""
+    first, layers = config.get("first_k_dense_replace", default), config["num_hidden_layers"]
+    if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < layers:
+        raise BadInput(f"{where}: first_k_dense_replace={first!r} must be from 0 to {layers - 1}, so that a layer is MoE")
+    return {"moe_layers": tuple(range(first, layers))}
+
+
+def write_first_layers_dense(spec: ModelSpec) -> dict[str, int]:
+    return {"first_k_dense_replace": spec.num_layers - len(spec.moe_layers)}
+
+
+def groups(config: Mapping[str, Any], where: str, default: int | None, default_top: int | None) -> dict[str, int]:
+    """The groups of experts; of one group every expert can be chosen."""
+    count = checked("n_group", config.get("n_group", default) or 1, int, where)
+    chosen = checked("topk_group", config.get("topk_group", default_top) or count, int, where)
+    experts = next(config[key] for key in ("n_routed_experts", "num_local_experts", "num_experts") if config.get(key))
+    size = experts // count
+    if experts % count or chosen > count or size < 2 or chosen * size < config["num_experts_per_tok"]:
+        raise BadInput(
+            f"{where}: n_group={count}, topk_group={chosen} do not fit {experts} experts of which a token has "
+            f"{config['num_experts_per_tok']}; n_group must divide them and topk_group hold enough"
+        )
+    return {"router_groups": count, "router_top_groups": chosen}
+
+
+def read_mtp(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    """How many layers behind the last one predict further tokens: published files and transformers 5 name it apart."""
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    count = next((config[name] for name in names if config.get(name) is not None), 0)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise BadInput(f"{where}: num_nextn_predict_layers={count!r} must be 0 or more")
+    return {"mtp_layers": count}
+
+
+def mtp_prefixes(spec: ModelSpec) -> tuple[str, ...]:
+    """How the names of the multi-token-prediction layers' tensors begin."""
+    return tuple(f"model.layers.{spec.num_layers + i}." for i in range(spec.mtp_layers))

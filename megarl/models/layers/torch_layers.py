@@ -48,26 +48,41 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadsNorm(RMSNorm):
-    """One root-mean-square norm over all heads of a token, of which this rank has `hidden_size / tp` elements."""
+    """One root-mean-square norm over all heads of a token, of which this rank has `copies * hidden_size / tp` elements.
+
+    `copies`: of how many neighbouring ranks the heads are the same.
+    """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, tp_group: torch.distributed.ProcessGroup
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
+        copies: int = 1,
     ) -> None:
         super().__init__(config, hidden_size // tp_group.size(), eps)
-        self.width, self.tp_group = hidden_size, tp_group
+        self.width, self.tp_group, self.copies = hidden_size, tp_group, copies
         # every rank sees all tokens here, and has weights of its own
         self.weight.sequence_parallel = False
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[n, ...]` with `hidden_size / tp` elements a row."""
+        """x `[n, ...]` with this rank's elements in a row."""
         flat = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
         squares = flat.square().sum(dim=1, keepdim=True)
         if self.tp_group.size() > 1:  # summed over the ranks; its gradient, which all of them have a part in, as well
             squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
             squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        out = (flat * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
+        out = (flat * torch.rsqrt(squares / (self.width * self.copies) + self.eps)).to(x.dtype) * self._own_weight()
         return out.view(x.shape)
+
+    def _own_weight(self) -> Tensor:
+        """Of this rank's heads, from the ranks that hold its pieces."""
+        if self.copies == 1:
+            return self.weight
+        whole = all_gather_last_dim_from_tensor_parallel_region(self.weight[None], self.tp_group)
+        return whole.view(self.tp_group.size() // self.copies, -1)[self.tp_group.rank() // self.copies]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight as a shard over tp."""
@@ -116,10 +131,15 @@ class PackedAttention(MegatronModule):
         if spec.qk_norm == "head":
             self.q_layernorm, self.k_layernorm = (RMSNorm(config, self.head_dim, spec.norm_eps) for _ in range(2))
         elif spec.qk_norm == "all":
-            widths = heads * self.head_dim, groups * self.head_dim
-            self.q_layernorm, self.k_layernorm = (
-                HeadsNorm(config, width, spec.norm_eps, pg_collection.tp) for width in widths
+            self.q_layernorm = HeadsNorm(config, heads * self.head_dim, spec.norm_eps, self.tp_group)
+            self.k_layernorm = HeadsNorm(
+                config, groups * self.head_dim, spec.norm_eps, self.tp_group, self.ranks_per_group
             )
+        self.window = spec.windows[layer_number - 1] if spec.windows else 0
+        self.sinks = None
+        if spec.sinks:  # of the query heads of this rank
+            self.sinks = torch.nn.Parameter(torch.zeros(heads // tp, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.sinks, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
@@ -129,7 +149,7 @@ class PackedAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
         query = query.reshape(-1, self.groups * self.queries, self.head_dim)
-        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params)
+        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params, self.window, self.sinks)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +166,14 @@ class PackedAttention(MegatronModule):
         qkv = qkv.view(qkv.shape[0], -1, group_heads + 2, self.head_dim)[:, group : group + 1]
         query, key, value = qkv.split([group_heads, 1, 1], dim=2)
         return query[:, :, part * self.queries : (part + 1) * self.queries], key, value
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Of the linears and norms, and the sinks as shards over tp."""
+        out = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.sinks is not None:
+            axes = {"sinks": 0}
+            out |= make_sharded_tensors_for_checkpoint({"sinks": self.sinks}, prefix, axes, sharded_offsets)
+        return out
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
@@ -188,8 +216,19 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Causal attention inside each document of a packed row: `[n, heads, head_dim]` and two `[n, kv_heads, head_dim]`.
+
+    `window`: the last keys a query sees, itself included; 0: all. `sinks [heads]`: see `platform.sink_attention`.
+    `scale`: of the scores; none: 1 / sqrt(head_dim).
 
     One `scaled_dot_product_attention` per bucket of similar lengths: on a CPU that is faster than a mask over the whole
     row, and for documents of very different lengths it becomes a call per document. Under context parallelism keys and
@@ -199,16 +238,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
     if row.cp_group is not None:
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=row.cp_group)
         key, value = both.split(key.shape[1], dim=1)
-    outputs = []
-    for bucket in row.buckets:
+    outputs, layout = [], row.layouts[window]
+    for bucket in layout.buckets:
         q, k, v = (
             (x if index is None else x.index_select(0, index))
             .view(bucket.documents, -1, *x.shape[1:])
             .transpose(1, 2)
             for x, index in ((query, bucket.index), (key, bucket.key_index), (value, bucket.key_index))
         )
-        causal = bucket.mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped)
+        if sinks is None:
+            causal = bucket.mask is None
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=causal, enable_gqa=grouped, scale=scale
+            )
+        else:
+            out = platform.sink_attention(q, k, v, bucket.mask, sinks)
         outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if row.restore is None else out.index_select(0, row.restore)
+    return out if layout.restore is None else out.index_select(0, layout.restore)

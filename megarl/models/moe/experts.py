@@ -39,17 +39,20 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.etp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         ffn = config.moe_ffn_hidden_size // self.etp_group.size()
-        device = torch.cuda.current_device()
-        empty = lambda *shape: torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))  # noqa: E731
-        self.weight1 = empty(num_local_experts, 2, ffn, config.hidden_size)
-        self.weight2 = empty(num_local_experts, config.hidden_size, ffn)
-        for weight in (self.weight1, self.weight2):
-            # Experts reduce their gradient over the expert data-parallel group. Megatron says so only when ep > 1; with
-            # etp < tp the tensor-parallel ranks hold copies of the same experts as well, and would drift apart.
-            weight.allreduce = False
-            # every rank's experts differ, so each counts in the gradient norm: without this mark Megatron 0.16.1
-            # leaves out the experts of tensor-parallel ranks above 0 when etp < tp
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=2, stride=1)
+        self.weight1 = self._parameter(num_local_experts, 2, ffn, config.hidden_size)
+        self.weight2 = self._parameter(num_local_experts, config.hidden_size, ffn)
+
+    def _parameter(self, *shape: int) -> torch.nn.Parameter:
+        weight = torch.nn.Parameter(
+            torch.empty(*shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        )
+        # Experts reduce their gradient over the expert data-parallel group. Megatron says so only when ep > 1; with
+        # etp < tp the tensor-parallel ranks hold copies of the same experts as well, and would drift apart.
+        weight.allreduce = False
+        # every rank's experts differ, so each counts in the gradient norm: without this mark Megatron 0.16.1
+        # leaves out the experts of tensor-parallel ranks above 0 when etp < tp
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=2, stride=1)
+        return weight
 
     def forward(self, hidden: Tensor, routed: Routed | Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """`[tokens, H]` of `hidden [tokens, H]`, by `LocalDispatcher`'s pairs or, after one of Megatron's, sorted by
@@ -64,25 +67,18 @@ class GroupedExperts(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Both weights as shards of `[E, ...]`, so that a checkpoint loads under any ep and etp."""
-        axes = len(sharded_offsets)
-        ep, etp = self.ep_group, self.etp_group
-        replica = (0, 0, self.dp_group.rank())
-
-        def shard(name: str, weight: Tensor, ffn_axis: int) -> ShardedTensor:
-            offsets = [*sharded_offsets, (axes, ep.rank(), ep.size()), (axes + ffn_axis, etp.rank(), etp.size())]
-            return ShardedTensor.from_rank_offsets(
-                prefix + name, weight, *offsets, replica_id=replica, prepend_axis_num=axes
-            )
-
-        # of experts' delayed FP8 scales: the same on all ranks that have the same experts
-        own = (axes, ep.rank(), ep.size())
-        amaxes = {
-            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-                prefix + name, buffer, *sharded_offsets, own, replica_id=(0, etp.rank(), replica[2]), prepend_axis_num=axes
-            )
-            for name, buffer in self.named_buffers()
+        # buffers are amaxes of delayed FP8 scales
+        buffers = {prefix + name: buffer for name, buffer in self.named_buffers()}
+        return {key: self._shard(key, buffer, sharded_offsets) for key, buffer in buffers.items()} | {
+            f"{prefix}weight1": self._shard(f"{prefix}weight1", self.weight1, sharded_offsets, ffn_axis=2),
+            f"{prefix}weight2": self._shard(f"{prefix}weight2", self.weight2, sharded_offsets, ffn_axis=2),
         }
-        return amaxes | {
-            f"{prefix}weight1": shard("weight1", self.weight1, 2),
-            f"{prefix}weight2": shard("weight2", self.weight2, 2),
-        }
+
+    def _shard(self, key: str, weight: Tensor, sharded_offsets: tuple, ffn_axis: int | None = None) -> ShardedTensor:
+        """`ffn_axis`: the dimension cut over etp; none: all etp ranks have the same."""
+        axes, ep, etp = len(sharded_offsets), self.ep_group, self.etp_group
+        offsets = [*sharded_offsets, (axes, ep.rank(), ep.size())]
+        if ffn_axis is not None:
+            offsets.append((axes + ffn_axis, etp.rank(), etp.size()))
+        replica = (0, etp.rank() if ffn_axis is None else 0, self.dp_group.rank())
+        return ShardedTensor.from_rank_offsets(key, weight, *offsets, replica_id=replica, prepend_axis_num=axes)

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megarl.models.moe.biased_experts import BiasedExperts
 from megarl.models.moe.experts import GroupedExperts, Routed
 
 
@@ -48,7 +49,9 @@ class LocalDispatcher(MoETokenDispatcher):
 
 
 class MoE(MoELayer):
-    """`MoELayer` of `GroupedExperts`, with a `LocalDispatcher` when ep and etp are 1.
+    """`MoELayer` of `GroupedExperts`, or `BiasedExperts` where linears have biases.
+
+    With a `LocalDispatcher` when ep and etp are 1.
 
     It stands in a layer's spec as the class itself: of a `ModuleSpec` Megatron knows its own classes only.
     """
@@ -57,8 +60,9 @@ class MoE(MoELayer):
         groups = get_default_pg_collection()
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+        experts = BiasedExperts if config.add_bias_linear else GroupedExperts
         super().__init__(
-            config, MoESubmodules(experts=GroupedExperts, shared_experts=shared), pg_collection=groups
+            config, MoESubmodules(experts=experts, shared_experts=shared), pg_collection=groups
         )
         if groups.ep.size() * groups.expt_tp.size() == 1:
             self.token_dispatcher = LocalDispatcher(config, groups)

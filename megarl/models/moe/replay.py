@@ -163,6 +163,7 @@ class LayerReplay:
     def __init__(self, owner: RoutingReplay, index: int, number: int, mlp: Any) -> None:
         self.owner, self.index, self.number = owner, index, number
         self._router, self._recomputed = mlp.router, mlp.moe_layer_recompute
+        self._limited = getattr(mlp.router.router_replay, "limited", lambda scores: scores)
         self._row: RowRouting | None = None  # of the layer that runs now
         self._entered = False
         self._again: deque[RowRouting] = deque()  # rows whose backward pass will ask once more
@@ -192,14 +193,15 @@ class LayerReplay:
         """Megatron's hook: scores `[m, E]` of this rank's rows -> the chosen experts' scores and numbers `[m, k]`."""
         row = self._row if self._entered else self._again.popleft()
         self._entered = False
-        values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        allowed = self._limited(scores)
+        values, own = default_compute_topk(allowed, topk, num_groups=num_groups, group_topk=group_topk)
         if row is None:
             return values, own
         row.used[self.index] += 1
         row.chosen[self.index] = own.detach().to(expert_dtype(scores.shape[1]))
         row.gates[self.index] = self._gates(values.detach(), own)
         if self.owner.margins:
-            best = scores.detach().topk(min(topk + 1, scores.shape[1]), dim=1).values
+            best = allowed.detach().topk(min(topk + 1, scores.shape[1]), dim=1).values
             row.margins[self.index] = best[:, topk - 1] - best[:, -1]
         if row.experts is None:
             return values, own
