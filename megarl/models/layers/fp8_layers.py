@@ -34,6 +34,13 @@ class FP8Layers:
     def __init__(self, chunks: Sequence[nn.Module], recipe: Recipe, model: Model, spec: ModelSpec, mesh: Mesh) -> None:
         """Raises BadInput, naming a recipe that works, for weights of sizes that the recipe cannot multiply."""
         self.recipe, self.mesh = recipe, mesh
+        kept = model.fp8_skip_first + model.fp8_skip_last
+        if kept >= spec.num_layers:
+            raise BadInput(
+                f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or "
+                "set model.fp8: none"
+            )
+        self._weights: list[tuple[nn.Parameter, Product | GroupedProduct]] = []  # those in FP8
         self._products: list[Product] = []
         self._linears: list[Tensor] = []  # buffers of amaxes
         self._experts: list[Tensor] = []
@@ -48,6 +55,7 @@ class FP8Layers:
                     product = self._product(module, which, weight)
                     if is_fp8:
                         weights[f"layer {number} {name}.{which}"] = weight
+                        self._weights.append((weight, product))
                         weight.product = product
             if is_fp8:
                 _Padding(layer, mesh)
@@ -98,6 +106,17 @@ class FP8Layers:
             for buffer, part in zip(buffers, running.split([b[..., 0].numel() for b in buffers]), strict=True):
                 buffer[..., 0] = part.view(buffer.shape[:-1])
                 advance(buffer)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """In the block products are those without FP8."""
+        for weight, _product in self._weights:
+            del weight.product
+        try:
+            yield
+        finally:
+            for weight, product in self._weights:
+                weight.product = product
 
     @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
