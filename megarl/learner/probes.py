@@ -15,7 +15,8 @@ from megarl.types import Batch
 def probe_log_probs(policy: Policy, probes: list[list[int]]) -> list[np.ndarray]:
     """The learner's log-probs of fixed sequences at temperature 1, on every rank: what `check_sync` compares with.
 
-    Every rank passes the same probes and computes all of them. Without FP8: the check is of weights, and has to be sharp. [len(probe)] float32 each, entry 0 is 0. Collective.
+    Every rank passes the same probes and computes all of them, without FP8: what is checked are weights, and sharply.
+    [len(probe)] float32 each, entry 0 is 0. Collective.
     """
     mesh = policy.mesh
     lengths = torch.tensor([len(probe) for probe in probes])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from megarl import platform
 platform.setup()
 
 from megarl.config.schema import Config, Model, Optimizer, Parallel  # noqa: E402
+from megarl.convert import read_spec  # noqa: E402
 from megarl.data.packing import micro_batches, pack  # noqa: E402
 from megarl.errors import BadInput  # noqa: E402
 from megarl.learner.policy import Policy  # noqa: E402
+from megarl.learner.probes import probe_log_probs  # noqa: E402
 from megarl.models.fp8 import (  # noqa: E402
     E4M3,
     E5M2,
@@ -30,6 +34,7 @@ from megarl.models.fp8 import (  # noqa: E402
     recipe_of,
 )
 from megarl.parallel import Mesh  # noqa: E402
+from megarl.verify import precision  # noqa: E402
 from tests.dist.checkpoints import make  # noqa: E402
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
 
@@ -212,16 +217,28 @@ def test_which_products_are_in_fp8(folder, mesh):
     kinds = [f"self_attention.linear_{which}.weight" for which in ("proj", "qkv")]
     kinds += ["mlp.experts.weight1", "mlp.experts.weight2"]
     assert sorted(names) == sorted(f"decoder.layers.{layer}.{kind}" for layer in (1, 2) for kind in kinds)
+    # the check of a weight sync has to see weights that differ, and not FP8
+    probes = [[5, 6, 7, 8], [9, 10, 11]]
+    mine, plain = (probe_log_probs(one, probes) for one in (policy, policy_of(folder, mesh)))
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(mine, plain, strict=True))
+    with pytest.raises(BadInput, match="fp8_skip_first . fp8_skip_last = 3: no layer of 3 is left in FP8"):
+        policy_of(folder, mesh, fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=2)
 
 
 @pytest.mark.parametrize(("recipe", "recompute"), [("tensorwise", "selective"), ("delayed", "full"), ("mxfp8", "none")])
 def test_padding_has_no_part_in_scales(folder, mesh, recipe, recompute):
-    """Rows of a token whose embedding is huge change no log-prob, no gradient and no history."""
+    """Rows of a token whose embedding is huge change no log-prob, no gradient and no history, even where biases are."""
     found = []
+    cfg = Config(model=Model(path=folder, fp8=recipe), parallel=Parallel(recompute=recompute))
+    spec = replace(read_spec(folder), qkv_bias=True, output_bias=True)
     for rows in (0, 320):
-        policy = policy_of(folder, mesh, recompute, fp8=recipe)
+        policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
+        torch.manual_seed(0)
         with torch.no_grad():
+            for name, parameter in policy.modules[0].named_parameters():
+                parameter.normal_(float("norm" in name), 10.0 if name.endswith("bias") else 0.1)
             policy.modules[0].embedding.word_embeddings.weight[0] = 1e4
+        policy.optimizer.reload_model_params()
         packed = [pack(fixed_batch(), range(8), policy.layout, rows)]
         assert len(packed[0].tokens) == (rows or 192 if recipe == "mxfp8" else rows or 176)
         log_probs, _ = policy.log_probs(packed)
@@ -251,6 +268,20 @@ def test_first_ratio_is_1_and_the_history_moves_by_steps(folder, mesh):
         assert policy.train_step(packed, loss).applied
         assert torch.equal(torch.cat(seen), old[old != 0])
         assert (amax[:, 1 + step] > 0).all() and not amax[:, 2 + step :].any() and not amax[:, 0].any()
+
+
+def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
+    cfg = Config(model=Model(path=folder))
+    batches = [precision._batch(cfg, policy_of(folder, mesh).spec, part) for part in (0, 1)]
+    settings = {"float32": {}, "bfloat16": dict(dtype="bfloat16"), "tensorwise": dict(fp8="tensorwise")}
+    settings["last"] = dict(fp8="tensorwise", fp8_skip_first=2)
+    exact, *others = (precision._measure(cfg, Path(folder), mesh, batches, model) for model in settings.values())
+    bf16, fp8, last = (precision.Gap.of(other, exact) for other in others)
+    assert 0 < bf16.layers[0] < fp8.layers[0] < 0.3 and fp8.worst[0] in range(3)
+    assert last.layers[:2] == [0, 0] and last.worst[:2] == (2, 0) and last.layers[2] > 0.01
+    assert fp8.mean < fp8.max and bf16.gradient < last.gradient < fp8.gradient < 1
+    text = precision.render({"bfloat16": bf16, "last": last})
+    assert len(text) == 1 + 3 + 3 + 2 and text[-1].startswith("last: layer 2 adds most (0.0e+00 -> ")
 
 
 def test_sizes_that_fp8_cannot_multiply(tmp_path, mesh):
