@@ -120,15 +120,17 @@ def _identity(expected: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Module, expected: Tensor) -> Tensor:
-    """[out, in] of a row-parallel or replicated layer, without its bias."""
-    from vllm.distributed import tensor_model_parallel_all_reduce
+    """[out, in] of a layer that is one projection, over the engine's ranks where it is split; without its bias."""
+    from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
     if type(layer) is nn.Linear:
         return layer.weight
     inputs = _identity(expected)
     width = getattr(layer, "input_size_per_partition", inputs.shape[1])
     if width == inputs.shape[1]:
-        return layer.quant_method.apply(layer, inputs).T
+        outputs = layer.quant_method.apply(layer, inputs)
+        split = outputs.shape[1] < expected.shape[0]
+        return (tensor_model_parallel_all_gather(outputs.contiguous()) if split else outputs).T
     inputs = inputs[:, layer.tp_rank * width : (layer.tp_rank + 1) * width].contiguous()
     return tensor_model_parallel_all_reduce(layer.quant_method.apply(layer, inputs)).T
 

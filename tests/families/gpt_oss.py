@@ -17,7 +17,7 @@ CASES = {
     "gpt_oss": Case(
         "GptOssConfig",
         SMALL | YARN,
-        serve={"head_dim": 64},
+        serve={"head_dim": 64, "intermediate_size": 128},
         layouts=(dict(tp=2), dict(ep=2), dict(pp=2), dict(tp=2, ep=2, pp=2), dict(tp=4)),
         refuses=((dict(tp=2, etp=2), "parallel.etp = 2"),),
     ),
