@@ -68,7 +68,7 @@ def model_shape(config: Config, require: Command | None = None) -> Mapping[str, 
             "intermediate_size": g.intermediate_size,
             "max_position_embeddings": g.context,
         }
-        if g.family == "qwen3_moe":
+        if families.is_moe(wanted):
             wanted |= {
                 "num_experts": g.num_experts,
                 "num_experts_per_tok": g.top_k,

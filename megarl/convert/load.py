@@ -62,6 +62,10 @@ def layout_problem(spec: ModelSpec, parallel: Parallel) -> str | None:
         "experts over ep": (spec.num_experts, parallel.ep),
         "columns of an expert over etp": (spec.moe_intermediate_size, parallel.etp),
     }
+    if parallel.tp % spec.num_kv_heads:  # otherwise each of them is on several ranks
+        counts["key/value heads over tp"] = (spec.num_kv_heads, parallel.tp)
+    if spec.expert_bias and parallel.etp > 1:
+        return f"the experts of {spec.family} have biases, which etp = {parallel.etp} cannot share out"
     return next((f"{n} {what} = {by} do not divide" for what, (n, by) in counts.items() if n % by), None)
 
 

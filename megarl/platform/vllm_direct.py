@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,27 +29,27 @@ Box = tuple[slice, ...]
 MATRICES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
-class Layer:
+class Layer(ABC):
     """What one module of vLLM hosts of some Hugging Face tensors."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parts: dict[str, Any] = {}  # Hugging Face name -> which part of the layer it is
 
+    @abstractmethod
     def shape(self, part: Any) -> tuple[int, ...]:
         """Of a part, as hosted on this rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, part: Any, box: Box, values: Tensor) -> None:
         """Replace a box of a part, in any precision."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Compute with what was written; called when every part is complete."""
 
+    @abstractmethod
     def read(self, part: Any) -> Tensor:
         """A part as the layer computes with it."""
-        raise NotImplementedError
 
 
 class Plain(Layer):

@@ -114,7 +114,8 @@ def _back(
         parameter = torch.full(rule.local_shape(spec, member), torch.nan, dtype=dtype)
         load_parameter(reader, rule, spec, member, parameter)
         for region in rule.regions(spec, member):
-            out[region.hf_name][region.hf] = parameter[region.local]
+            part = out[region.hf_name][region.hf]
+            part.copy_(region.of(parameter).reshape(part.shape))
     yield from out.items()
 
 
@@ -210,6 +211,7 @@ def _logits(policy: Any, tokens: Tensor) -> Tensor:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     positions = torch.arange(len(tokens))
-    row = PackedRow.build(torch.tensor([0, len(tokens)], dtype=torch.int32), positions, policy.spec.rope)
+    documents, spec = torch.tensor([0, len(tokens)], dtype=torch.int32), policy.spec
+    row = PackedRow.build(documents, positions, spec.rope, windows=spec.windows)
     hidden = chunk.eval()(tokens[None], positions[None], None, packed_seq_params=row)
     return (hidden[0] @ output_weight(chunk).t())[:, : policy.spec.vocab_size].cpu()

@@ -72,6 +72,45 @@ def logits(chunks, spec, mesh) -> Tensor:
     return torch.cat(parts, dim=-1)[:, : spec.vocab_size]
 
 
+def upstream(vocab_size: int) -> Tensor:
+    """[TOKENS, V]: the gradient of the logits in comparisons of gradients."""
+    return torch.randn(TOKENS, vocab_size, generator=torch.Generator().manual_seed(7))
+
+
+def write_gradients(reference, folder) -> None:
+    """The gradients of transformers' model, under the names of its checkpoint; its weights are lost."""
+    (reference(tokens(reference.config.vocab_size)).logits[0] * upstream(reference.config.vocab_size)).sum().backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.grad)
+    reference.save_pretrained(folder)
+
+
+def gradient_gaps(chunks, spec, mesh, folder: str) -> dict[str, float]:
+    """Name -> distance from transformers' gradient over its norm; on one process, or with tensor parallelism alone.
+
+    Summed over ranks is what Megatron sums: by the marks on the parameters.
+    """
+    from megarl.convert import stream_gradients
+    from megarl.models.layers.lm_head import output_weight
+
+    (chunk,) = chunks
+    weight = output_weight(chunk)
+    padded = torch.nn.functional.pad(upstream(spec.vocab_size), (0, mesh.tp * len(weight) - spec.vocab_size))
+    (hidden_states(chunk, spec)[0] @ weight.t() * padded.chunk(mesh.tp, dim=1)[mesh.tp_rank]).sum().backward()
+    for parameter in chunk.parameters():
+        if getattr(parameter, "sequence_parallel", False) or not getattr(parameter, "allreduce", True):
+            dist.all_reduce(parameter.grad, group=mesh.tp_group)
+        parameter.main_grad = parameter.grad
+    expected = load_file(Path(folder) / "model.safetensors")
+    found = {name: gradient.clone() for name, gradient in stream_gradients(chunks, spec, mesh)}
+    assert set(found) == {name for name in expected if "e_score_correction_bias" not in name}
+    for name in found:  # an expert may have no token
+        assert expected[name].any() or ".experts." in name, name
+    gaps = {name: (gradient - expected[name]).norm().item() for name, gradient in found.items()}
+    return {name: gap / max(expected[name].norm().item(), 1e-12) for name, gap in gaps.items()}
+
+
 def refusal(path: str, degrees: dict) -> list[str]:
     """The error of building a checkpoint's model on a layout, as (type, message)."""
     try:
@@ -81,7 +120,9 @@ def refusal(path: str, degrees: dict) -> list[str]:
     return ["", "built"]
 
 
-def round_trip(path: str, out: str, degrees: dict, expected_logits: str | None = None) -> dict:
+def round_trip(
+    path: str, out: str, degrees: dict, expected_logits: str | None = None, expected_gradients: str | None = None
+) -> dict:
     """Loads, streams on every rank, exports from rank 0, and says how far each result is from the file."""
     from megarl.convert import save_hf, stream_hf
 
@@ -105,6 +146,7 @@ def round_trip(path: str, out: str, degrees: dict, expected_logits: str | None =
         "exported_equal": same(exported, reference),
         "padding": padding,
         "logits_gap": gap,
+        "gradient_gaps": gradient_gaps(chunks, spec, mesh, expected_gradients) if expected_gradients else {},
     }
 
 

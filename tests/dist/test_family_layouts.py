@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.dist.convert_cases import tokens
+from tests.dist.convert_cases import tokens, write_gradients
 from tests.dist.harness import run_in_turn
 from tests.families import all_cases
 
@@ -28,12 +28,13 @@ REFUSALS = [(name, *refusal) for name, case in CASES.items() for refusal in case
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """name -> (folder, file with transformers' logits)"""
+    """name -> (folder, file with transformers' logits); its gradients are in a folder beside."""
     root, out = tmp_path_factory.mktemp("families"), {}
     for name in {name for name, *_ in PAIRS + REFUSALS}:
         model = CASES[name].write(root / name)
         with torch.no_grad():
             save_file({"logits": model(tokens(131)).logits[0].contiguous()}, root / f"{name}.logits")
+        write_gradients(model, root / f"{name}-gradients")
         out[name] = (str(root / name), str(root / f"{name}.logits"))
     return out
 
@@ -46,12 +47,16 @@ def test_logits_and_bits(nproc, checkpoints, tmp_path):
             path, expected = checkpoints[name]
             where = f"{name} {degrees}"
             arguments = dict(path=path, out=str(tmp_path / str(len(steps))), degrees=degrees, expected_logits=expected)
+            if degrees.keys() == {"tp"}:
+                arguments["expected_gradients"] = f"{path}-gradients"
             steps[where] = ("round_trip", arguments)
     for where, ranks in run_in_turn(MODULE, nproc, steps).items():
         for rank, result in enumerate(ranks):
             assert result["streamed_equal"] and result["exported_equal"], f"{where} rank {rank}"
             assert result["padding"] == [0.0] * len(result["padding"]), f"{where} rank {rank}"
             assert result["logits_gap"] <= 1e-5, f"{where} rank {rank}"
+            for weight, gap in result["gradient_gaps"].items():
+                assert gap <= 1e-4, f"{where} rank {rank} {weight}"
 
 
 @pytest.mark.parametrize("nproc", sorted({world(degrees) for _, degrees, _ in REFUSALS}))
