@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megarl.convert.families.parts import (
+    ASKED_KV_HEADS,
     DENSE_MLP,
     FIXED,
     MODEL,
@@ -55,9 +56,10 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     keys=keys(
+        ASKED_KV_HEADS,
         Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts")),
         Key("top_k", "num_experts_per_tok", default=8),
-        Key("moe_intermediate_size", "moe_intermediate_size", default=1408),
+        Key("moe_intermediate_size", "moe_intermediate_size"),
         Key("norm_topk_prob", "norm_topk_prob", bool, True),
         Key("router_scaling", "routed_scaling_factor", float, 1.0),
         Key("qkv_bias", "attention_bias", bool, False),

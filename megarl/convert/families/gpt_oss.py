@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.convert.families.parts import FIXED, MODEL, attention, keys
+from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, attention, keys
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 from megarl.convert.rules import plain, stacked_experts
@@ -48,6 +48,7 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     keys=keys(
+        ASKED_KV_HEADS,
         Key("head_dim", "head_dim", default=64),
         Key("moe_intermediate_size", "intermediate_size"),
         Key("num_experts", "num_local_experts", default=128, aliases=("num_experts",)),

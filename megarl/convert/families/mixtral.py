@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.convert.families.parts import FIXED, MODEL, attention, keys, moe_mlp
+from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, attention, keys, moe_mlp
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 
@@ -12,6 +12,7 @@ MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     keys=keys(
+        ASKED_KV_HEADS,
         Key("moe_intermediate_size", "intermediate_size"),
         Key("num_experts", "num_local_experts", default=8, aliases=("num_experts",)),
         Key("top_k", "num_experts_per_tok", default=2),

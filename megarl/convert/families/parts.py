@@ -29,6 +29,9 @@ KEYS = (
     Key("tie_embeddings", "tie_word_embeddings", bool, False),
 )
 
+# where transformers' class has a number of its own that no config.json leaves out knowingly
+ASKED_KV_HEADS = Key("num_kv_heads", "num_key_value_heads")
+
 
 def keys(*changed: Key) -> tuple[Key, ...]:
     """`KEYS` with those of the same field replaced, and the new ones behind."""

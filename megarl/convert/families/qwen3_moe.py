@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.convert.families.parts import DENSE_MLP, FIXED, MODEL, NO_WINDOW, attention, keys, moe_mlp
+from megarl.convert.families.parts import ASKED_KV_HEADS, DENSE_MLP, FIXED, MODEL, NO_WINDOW, attention, keys, moe_mlp
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
 
 MOE_KEYS = keys(
+    ASKED_KV_HEADS,
     Key("num_experts", "num_experts", aliases=("num_local_experts",)),
     Key("top_k", "num_experts_per_tok"),
     Key("moe_intermediate_size", "moe_intermediate_size"),
