@@ -58,7 +58,7 @@ GLM4_MOE = Family(
     keys=keys(
         ASKED_KV_HEADS,
         Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts")),
-        Key("top_k", "num_experts_per_tok", default=8),
+        Key("top_k", "num_experts_per_tok"),
         Key("moe_intermediate_size", "moe_intermediate_size"),
         Key("norm_topk_prob", "norm_topk_prob", bool, True),
         Key("router_scaling", "routed_scaling_factor", float, 1.0),
