@@ -208,6 +208,7 @@ class SyncPlan:
         """Every tensor, in order."""
         return tuple(entry for block in self.blocks for _, entries in block for entry in entries.values())
 
+    @functools.cache  # noqa: B019 - this rank, and those that it gets something from
     def held(self, rank: int) -> dict[str, tuple[int, ...]]:
         """The parameters that a rank has a shard of, and its shape."""
         shard, mine = self.learner.shard(rank), rank // (self.learner.world // self.learner.pp)
@@ -268,7 +269,7 @@ class SyncPlan:
 
     def _runs(self, pieces: list[Piece], sender: int) -> list[Run]:
         """The pieces in order; neighbours in the sender's parameter together."""
-        shapes, runs = self._held(sender), []
+        shapes, runs = self.held(sender), []
         for piece in pieces:
             start = None if piece.order else _start(shapes[piece.entry.source], piece.local)
             last = runs[-1] if runs else None
@@ -277,10 +278,6 @@ class SyncPlan:
             else:
                 runs.append(Run([piece], start))
         return runs
-
-    @functools.cache  # noqa: B019 - the ranks that one gets something from
-    def _held(self, rank: int) -> dict[str, tuple[int, ...]]:
-        return self.held(rank)
 
     def _pieces(
         self, rule: Rule, entries: dict[str, SyncEntry], shard: Shard, hosted: dict[str, Box]

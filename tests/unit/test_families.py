@@ -16,7 +16,7 @@ from megarl.convert.hf_io import read_config
 from megarl.errors import BadInput
 from megarl.parallel import Mesh
 from tests.dist.convert_cases import gradient_gaps, logits, same, tokens, write_gradients
-from tests.families import all_cases
+from tests.families import SHAPE, all_cases
 
 CASES = all_cases()
 
@@ -231,3 +231,25 @@ def test_a_layout_that_cuts_a_key_value_head_is_refused():
     spec = replace(spec_of(PUBLISHED["allenai/OLMoE-1B-7B-0924"]), num_heads=12, num_kv_heads=6)
     assert layout_problem(spec, Parallel(tp=4)) == "6 key/value heads over tp = 4 do not divide"
     assert layout_problem(spec, Parallel(tp=12)) is None
+
+
+def test_what_layouts_know_without_torch_is_what_the_tables_say():
+    """`config.families` repeats of the tables what a layout is checked with before anything is imported."""
+    from megarl.config import families
+    from megarl.convert import FAMILIES
+
+    assert families.FAMILIES.keys() == FAMILIES.keys() == {read["model_type"] for read in map(_settings, CASES.values())}
+    for case in CASES.values():
+        config = _settings(case)
+        spec, known = spec_of(config), families.normalised(config)
+        assert families.is_moe(config) == spec.is_moe
+        assert families.has_dense_mlp(config) == (len(spec.moe_layers) < spec.num_layers)
+        if spec.is_moe:
+            assert (known["num_experts"], known["moe_intermediate_size"]) == (spec.num_experts, spec.moe_intermediate_size)
+        assert (spec.family in families.EXPERT_BIASES) == spec.expert_bias
+
+
+def _settings(case):
+    import transformers
+
+    return getattr(transformers, case.config)(**(SHAPE | case.settings)).to_dict()

@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megarl.convert.families.parts import (
-    DENSE_MLP,
     FIXED,
     MODEL,
     first_layers_dense,
     groups,
     keys,
-    moe_mlp,
+    layer_with_shared_experts,
     mtp_prefixes,
     plain,
     read_mtp,
-    selection_bias,
-    shared_experts,
     shared_width,
     write_first_layers_dense,
     write_shared,
@@ -70,7 +67,9 @@ def read_latent(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Widths that no single key holds; a q_lora_rank of null means queries straight from the hidden state."""
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads not in (None, heads):
-        raise BadInput(f"{where}: num_key_value_heads={kv_heads} must be num_attention_heads={heads} in latent attention")
+        raise BadInput(
+            f"{where}: num_key_value_heads={kv_heads} must be num_attention_heads={heads} in latent attention"
+        )
     rank = config.get("q_lora_rank", 1536)
     widths = (config.get("qk_nope_head_dim", 128), config.get("qk_rope_head_dim", 64))
     return {
@@ -80,9 +79,7 @@ def read_latent(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def layer(spec: ModelSpec, index: int) -> tuple[Rule, ...]:
-    if index not in spec.moe_layers:
-        return attention(spec) + DENSE_MLP
-    return attention(spec) + moe_mlp() + selection_bias(spec) + shared_experts("mlp.shared_experts")
+    return layer_with_shared_experts(spec, index, attention(spec))
 
 
 def write_latent(spec: ModelSpec) -> dict[str, Any]:
@@ -118,13 +115,15 @@ DEEPSEEK_V3 = Family(
     same={"router_score": "sigmoid", "selection_bias": True, "group_score": "top2"},
     layer=layer,
     read_extra=read_v3,
-    write_extra=lambda spec: write_latent(spec)
-    | {
-        "n_group": spec.router_groups,
-        "topk_group": spec.router_top_groups,
-        "num_nextn_predict_layers": spec.mtp_layers,
-        "rope_interleave": spec.rope.interleaved,
-    },
+    write_extra=lambda spec: (
+        write_latent(spec)
+        | {
+            "n_group": spec.router_groups,
+            "topk_group": spec.router_top_groups,
+            "num_nextn_predict_layers": spec.mtp_layers,
+            "rope_interleave": spec.rope.interleaved,
+        }
+    ),
     extra_keys=(*EXTRA, "num_nextn_predict_layers", "num_mtp_layers", "rope_interleave"),
     interleaved_rope=lambda config: config.get("rope_interleave", True) is not False,
     aside=mtp_prefixes,
@@ -147,18 +146,19 @@ DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     keys=KEYS,
     # the gate values stay as they are, whatever norm_topk_prob says: transformers does not look at it
-    fixed=COMMON
-    | {"scoring_func": ("softmax",), "mlp_bias": (False,), "norm_topk_prob": (False,)},
+    fixed=COMMON | {"scoring_func": ("softmax",), "mlp_bias": (False,), "norm_topk_prob": (False,)},
     model=MODEL,
     same={"norm_topk_prob": False, "group_score": "max"},
     layer=layer,
     read_extra=read_v2,
-    write_extra=lambda spec: write_latent(spec)
-    | {
-        "n_group": spec.router_groups,
-        "topk_group": spec.router_top_groups,
-        "topk_method": "group_limited_greedy" if spec.router_groups > 1 else "greedy",
-    },
+    write_extra=lambda spec: (
+        write_latent(spec)
+        | {
+            "n_group": spec.router_groups,
+            "topk_group": spec.router_top_groups,
+            "topk_method": "group_limited_greedy" if spec.router_groups > 1 else "greedy",
+        }
+    ),
     extra_keys=(*EXTRA, "topk_method"),
     interleaved_rope=lambda config: True,
 )

@@ -7,25 +7,21 @@ from typing import Any
 
 from megarl.convert.families.parts import (
     ASKED_KV_HEADS,
-    DENSE_MLP,
     FIXED,
     MODEL,
     attention,
     first_layers_dense,
     groups,
     keys,
-    moe_mlp,
+    layer_with_shared_experts,
     mtp_prefixes,
     read_mtp,
-    selection_bias,
-    shared_experts,
     shared_width,
     write_first_layers_dense,
     write_shared,
 )
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key, checked
-from megarl.convert.rules import Rule
 from megarl.models.spec import ModelSpec
 
 
@@ -46,12 +42,6 @@ def write_extra(spec: ModelSpec) -> dict[str, Any]:
     return own | routing | write_shared(spec) | write_first_layers_dense(spec)
 
 
-def layer(spec: ModelSpec, index: int) -> tuple[Rule, ...]:
-    if index not in spec.moe_layers:
-        return attention(spec) + DENSE_MLP
-    return attention(spec) + moe_mlp() + selection_bias(spec) + shared_experts("mlp.shared_experts")
-
-
 GLM4_MOE = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
@@ -68,7 +58,7 @@ GLM4_MOE = Family(
     fixed=FIXED | {"norm_topk_prob": (True,)},
     model=MODEL,
     same={"router_score": "sigmoid", "selection_bias": True},
-    layer=layer,
+    layer=lambda spec, index: layer_with_shared_experts(spec, index, attention(spec)),
     read_extra=read_extra,
     write_extra=write_extra,
     extra_keys=(

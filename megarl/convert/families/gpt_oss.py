@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, attention, keys
+from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, all_moe, attention, keys
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 from megarl.convert.rules import plain, stacked_experts
@@ -41,7 +41,7 @@ def read_extra(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: initial_context_length={said!r} and original_max_position_embeddings={context!r} contradict each "
             "other; keep one of them"
         )
-    return {"moe_layers": tuple(range(config["num_hidden_layers"]))}
+    return all_moe(config)
 
 
 GPT_OSS = Family(

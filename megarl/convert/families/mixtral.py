@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, attention, keys, moe_mlp
+from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, all_moe, attention, keys, moe_mlp
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 
@@ -23,5 +23,5 @@ MIXTRAL = Family(
     same={"norm_topk_prob": True},
     rope_theta=1e6,
     layer=lambda spec, index: attention(spec) + SPARSE_MLP,
-    read_extra=lambda config, where: {"moe_layers": tuple(range(config["num_hidden_layers"]))},
+    read_extra=lambda config, where: all_moe(config),
 )

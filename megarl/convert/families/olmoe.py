@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megarl.convert.families.llama import BIASES
-from megarl.convert.families.parts import FIXED, MODEL, attention, keys, moe_mlp
+from megarl.convert.families.parts import FIXED, MODEL, all_moe, attention, keys, moe_mlp
 from megarl.convert.family import Family
 from megarl.convert.hf_config import Key
 
@@ -22,5 +22,5 @@ OLMOE = Family(
     model=MODEL,
     same={"qk_norm": "all"},
     layer=lambda spec, index: attention(spec) + moe_mlp(),
-    read_extra=lambda config, where: {"moe_layers": tuple(range(config["num_hidden_layers"]))},
+    read_extra=lambda config, where: all_moe(config),
 )

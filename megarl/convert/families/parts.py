@@ -101,6 +101,18 @@ def shared_experts(prefix: str) -> tuple[Rule, ...]:
     )
 
 
+def all_moe(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`moe_layers`: every layer."""
+    return {"moe_layers": tuple(range(config["num_hidden_layers"]))}
+
+
+def layer_with_shared_experts(spec: ModelSpec, index: int, attend: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules of a layer whose MLP is dense, or experts and shared ones; `attend`: those of its attention."""
+    if index not in spec.moe_layers:
+        return attend + DENSE_MLP
+    return attend + moe_mlp() + selection_bias(spec) + shared_experts("mlp.shared_experts")
+
+
 def selection_bias(spec: ModelSpec) -> tuple[Rule, ...]:
     """What the router adds to its scores for the choice of experts only: a float32 buffer in every precision."""
     if not spec.selection_bias:
@@ -123,7 +135,9 @@ def first_layers_dense(config: Mapping[str, Any], where: str, default: int) -> d
     """`moe_layers`: all but the first first_k_dense_replace."""
     first, layers = config.get("first_k_dense_replace", default), config["num_hidden_layers"]
     if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < layers:
-        raise BadInput(f"{where}: first_k_dense_replace={first!r} must be from 0 to {layers - 1}, so that a layer is MoE")
+        raise BadInput(
+            f"{where}: first_k_dense_replace={first!r} must be from 0 to {layers - 1}, so that a layer is MoE"
+        )
     return {"moe_layers": tuple(range(first, layers))}
 
 
