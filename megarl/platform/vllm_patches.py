@@ -117,9 +117,21 @@ def install() -> None:
 
         RMSNorm.forward_cpu = _rms_norm
         from vllm import _custom_ops
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
         if not hasattr(_custom_ops.cpu_attention_with_kv_cache, "__wrapped__"):
             _custom_ops.cpu_attention_with_kv_cache = _sinks_in_bfloat16(_custom_ops.cpu_attention_with_kv_cache)
+            RotaryEmbedding.forward_cpu = _turns_neighbours(RotaryEmbedding.forward_cpu)
+
+
+def _turns_neighbours(rotary: Any) -> Any:
+    """vLLM's CPU kernel turns a part of a head's neighbours (latent attention without YaRN) wrongly: by PyTorch instead."""
+
+    @functools.wraps(rotary)
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return (rotary if layer.is_neox_style else type(layer).forward_native)(layer, *args, **kwargs)
+
+    return call
 
 
 def _sinks_in_bfloat16(attention: Any) -> Any:

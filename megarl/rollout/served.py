@@ -42,11 +42,21 @@ def _taken_for_granted(spec: ModelSpec) -> list[tuple[bool, str]]:
             (spec.rope.kind == "yarn", "rope_type = yarn"),
             (windows == [layer % 2 == 0 for layer in range(spec.num_layers)], "layer_types in turn, the first a window"),
         ],
-        "olmoe": [untied, (not spec.qkv_bias, "attention_bias = false")],
+        "olmoe": [
+            untied,
+            (not spec.qkv_bias, "attention_bias = false"),
+            (not spec.norm_topk_prob, "norm_topk_prob = false"),
+        ],
         "qwen2_moe": [(spec.qkv_bias, "qkv_bias = true")],
     }.get(spec.family, [])
 
 
 def overrides(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that vLLM asks for and this config.json lacks: transformers leaves out those with one possible value."""
-    return {key: value for key, value in family(spec.family).implied().items() if key not in config}
+    """Keys that vLLM asks for and this config.json lacks, since transformers leaves out those with one possible value.
+
+    And the groups of experts: with `topk_method: greedy` transformers looks at none, vLLM at those of config.json.
+    """
+    table = family(spec.family)
+    out = {key: value for key, value in table.implied().items() if key not in config}
+    written = table.write_config(spec)
+    return out | {key: written[key] for key in ("n_group", "topk_group") if key in written}

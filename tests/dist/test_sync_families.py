@@ -28,4 +28,4 @@ def test_every_weight_is_the_learners(name, tmp_path):
         # its CPU kernel rounds attention sinks to bfloat16
         assert max(rank["gaps"]) <= (1e-4 if name.startswith("gpt_oss") else 1e-5)
         assert rank["differing"] == rank["sums"] == []
-        assert rank["moved"][0] == rank["moved"][1]
+        assert rank["reload"] or rank["moved"][0] == rank["moved"][1]  # no more than the least possible

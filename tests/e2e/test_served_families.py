@@ -39,9 +39,11 @@ def compare(folder, names):
         ).eval()
         for i, (prompt, response) in enumerate(zip(PROMPTS, answers["responses"], strict=True)):
             logits, experts = forward(model, prompt + response)
-            assert len(response) == LENGTH and logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == response, name
+            assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == response, name
+            assert len(response) == LENGTH or response[-1] in (0, model.config.eos_token_id), name
             if experts:  # the last token was sampled and never computed
                 assert torch.tensor(answers["experts"][i]).sort(-1).values.equal(torch.stack(experts, 1)[:-1]), name
+        assert sum(map(len, answers["responses"])) > LENGTH * len(PROMPTS) / 2, name
         for tokens, scores in zip(SCORED, answers["scores"], strict=True):
             log_probs = torch.log_softmax(forward(model, tokens)[0], -1)[:-1]
             expected = log_probs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]

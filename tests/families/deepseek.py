@@ -56,6 +56,9 @@ CASES = {
         serve=SERVED,
     ),
     "deepseek_v2-lite": Case(
-        "DeepseekV2Config", COMMON | dict(q_lora_rank=None, topk_method="greedy"), layouts=(), serve=SERVED
+        "DeepseekV2Config",
+        COMMON | dict(q_lora_rank=None, topk_method="greedy", n_group=4, topk_group=1),
+        layouts=(),
+        serve=SERVED,
     ),
 }

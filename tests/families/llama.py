@@ -11,5 +11,7 @@ LLAMA3 = {
 
 CASES = {
     "llama": Case("LlamaConfig", {"rope_parameters": LLAMA3}, layouts=(dict(tp=2, pp=2), dict(tp=4))),
-    "llama-biases": Case("LlamaConfig", {"attention_bias": True, "head_dim": 24}, layouts=(dict(tp=2),), serve={"head_dim": 32}),
+    "llama-biases": Case(
+        "LlamaConfig", {"attention_bias": True, "head_dim": 24}, layouts=(dict(tp=2),), serve={"head_dim": 32}
+    ),
 }

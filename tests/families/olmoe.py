@@ -8,6 +8,6 @@ CASES = {
         "OlmoeConfig",
         MOE | {"attention_bias": True, "norm_topk_prob": True},
         layouts=(dict(tp=4),),
-        serve={"attention_bias": False},
+        serve={"attention_bias": False, "norm_topk_prob": False},
     ),
 }

@@ -19,6 +19,7 @@ REFUSED = [
     ("gpt_oss", {"head_dim": 32, "layer_types": ["full_attention", "sliding_attention"] * 2}, "gpt_oss with layer_types"),
     ("gpt_oss", {"head_dim": 32, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "rope_type = yarn"),
     ("olmoe-biases", {"hidden_size": 128}, "olmoe with attention_bias = false"),
+    ("olmoe-biases", {"hidden_size": 128, "attention_bias": False}, "olmoe with norm_topk_prob = false"),
     ("qwen2_moe-mixed", {"hidden_size": 128}, "qwen2_moe with qkv_bias = true"),
 ]
 
