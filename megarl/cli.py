@@ -263,6 +263,25 @@ def routing(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None
 
 
 @verify_app.command()
+def precision(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Hidden states, log-probs and gradient of bfloat16 and every FP8 recipe against float32, layer by layer.
+
+    Example: [bold]megarl verify precision configs/cpu/quickstart.yaml model.fp8_skip_last=1[/bold]
+    """
+    from megarl.config import load_config
+    from megarl.config.schema import Parallel
+
+    cfg = load_config(config, overrides or (), require="model").model_copy(update={"parallel": Parallel()})
+
+    def work() -> None:
+        from megarl.verify.precision import verify_precision
+
+        verify_precision(cfg)
+
+    _run_ranks(cfg, "verify", 1, work)
+
+
+@verify_app.command()
 def layouts(
     config: ConfigFile,
     overrides: Overrides = None,

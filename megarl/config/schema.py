@@ -119,6 +119,23 @@ class Model(Section):
     """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
     router_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the router's matrix product and softmax."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """FP8 recipe of the layers' matrix products in the learner; embeddings, routers, attention scores and the output layer
+    stay in `dtype`. Rounded to FP8 and multiplied in float32 where the chip has no FP8 product of the kind."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid: gradients in E5M2; none: hybrid for delayed and tensorwise, e4m3 for the others."""
+    fp8_skip_first: NonNegative = 0
+    """Layers at the start of the model whose products stay in `dtype`."""
+    fp8_skip_last: NonNegative = 0
+    """Layers at the end of the model whose products stay in `dtype`."""
+    fp8_power_of_two: bool = False
+    """Scales of blockwise are powers of two, as those of mxfp8 always are."""
+    fp8_history: Positive = 16
+    """Optimizer steps whose largest magnitudes (amax) make the scales of delayed."""
+    fp8_amax: Literal["max", "most_recent"] = "max"
+    """Of these steps, the largest amax or the last one."""
+    fp8_margin: NonNegative = 0
+    """Powers of two that the scales of delayed leave free for what is larger than in the past."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
 

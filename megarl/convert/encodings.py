@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from megarl.errors import BadInput
+from megarl.models.fp8 import quantize
 
 if TYPE_CHECKING:
     from megarl.convert.reader import HFReader
 
 Index = tuple[slice, ...]
 QUANTISED = "quantization_config"
-FP8_MAX = 448.0  # of float8_e4m3fn
 E2M1 = [sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]  # by code
 
 
@@ -87,18 +87,12 @@ class Fp8Blocks:
     def encode(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, e4m3 rows, factors of their blocks) of [N, K], some blocks of rows at a time.
 
-        A block's largest magnitude becomes 448, the largest of e4m3; a block of zeros has the factor 1.
+        Rounded as the learner's recipe `blockwise` rounds weights.
         """
-        n, k = self.block
-        for first in range(0, weight.shape[0], 8 * n):
-            rows = weight[first : first + 8 * n].float()
-            tall, wide = (-(-size // b) * b for size, b in zip(rows.shape, self.block))
-            padded = torch.nn.functional.pad(rows, (0, wide - rows.shape[1], 0, tall - rows.shape[0]))
-            tiles = padded.view(tall // n, n, wide // k, k)
-            factors = tiles.abs().amax(dim=(1, 3)) / FP8_MAX
-            factors[factors == 0] = 1.0
-            coded = (tiles / factors[:, None, :, None]).view(tall, wide)[: rows.shape[0], : rows.shape[1]]
-            yield first, coded.to(torch.float8_e4m3fn).contiguous(), factors
+        step = 8 * self.block[0]
+        for first in range(0, weight.shape[0], step):
+            codes, factors, _ = quantize(weight[first : first + step], self.block)
+            yield first, codes, factors
 
     def config(self, kept: list[str]) -> dict[str, Any]:
         """`quantization_config` of an export; `kept`: the modules that keep plain floats."""

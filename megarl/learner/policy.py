@@ -20,6 +20,8 @@ from megarl.errors import BadInput
 from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
+from megarl.models.fp8 import recipe_of
+from megarl.models.layers.fp8_layers import FP8Layers
 from megarl.models.layers.lm_head import output_weight
 from megarl.models.log_probs import linear_log_probs
 from megarl.models.moe.groups import keep_selection_bias
@@ -86,7 +88,7 @@ class Policy:
         self.spec = spec = replace(spec, head="scalar" if role in SCALAR_ROLES else "lm")
         self.mesh, self.role = mesh, role
         self.temperature = temperature
-        self.layout = batch_layout(spec, cfg.parallel, mesh)  # what the micro-batches of this model must be packed for
+        self.layout = batch_layout(spec, cfg, mesh)  # what the micro-batches of this model must be packed for
         self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         self.dtype = DTYPES[cfg.model.dtype]
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
@@ -97,6 +99,8 @@ class Policy:
         self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
         for module in self._modules:
             keep_selection_bias(module)
+        # after the wrapper, which would make bfloat16 of its float32 buffers
+        self.fp8 = FP8Layers.of(self._modules, cfg.model, spec, mesh)
         self.optimizer = self.schedule = None
         self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
@@ -209,6 +213,8 @@ class Policy:
             return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
 
         collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
+        if self.fp8 is not None:
+            self.fp8.advance()
         lr = self.next_lr()
         applied, grad_norm = self._apply()
         metrics: dict[str, Metric] = {}
@@ -313,6 +319,8 @@ class Policy:
             torch.promote_types(self.dtype, torch.float32),
             self.spec.windows,
         )
+        if self.fp8 is not None:
+            row.real = self.fp8.real_rows(micro_batch)
         if self.routing is not None:
             row.routing = self.routing.begin(micro_batch, device)
         return row
@@ -374,17 +382,18 @@ class Policy:
         return share + 0.0 * read[0].sum(), metrics
 
 
-def batch_layout(spec: ModelSpec, parallel: Parallel, mesh: Mesh) -> BatchLayout:
+def batch_layout(spec: ModelSpec, cfg: Config, mesh: Mesh) -> BatchLayout:
     """How batches are shared out and packed for this model on this mesh."""
+    recipe = recipe_of(cfg.model)
     return BatchLayout(
         dp=mesh.dp,
         dp_rank=mesh.dp_rank,
         cp=mesh.cp,
         cp_rank=mesh.cp_rank,
-        row_multiple=mesh.tp,
+        row_multiple=mesh.tp if recipe is None else math.lcm(mesh.tp, recipe.rows),
         count_multiple=mesh.pp if mesh.vpp else 1,
         attention=spec.attention_cost,
-        equal_rows=spec.is_moe and parallel.dispatcher == "allgather",
+        equal_rows=spec.is_moe and cfg.parallel.dispatcher == "allgather",
     )
 
 

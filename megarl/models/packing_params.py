@@ -59,6 +59,7 @@ class PackedRow(PackedSeqParams):
     layouts: dict[int, Layout] = field(default_factory=dict)  # by window; 0: of layers that see all keys
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: [n, rotated width], float32 or wider
     cp_group: ProcessGroup | None = None  # None: this rank has all keys
+    real: Tensor | None = None  # [n] bool: rows that are no padding, for `FP8Layers`; None: all
     routing: Any = None  # `RowRouting` of the pass, for models with a `RoutingReplay`
 
     @classmethod

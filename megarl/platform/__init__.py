@@ -79,8 +79,16 @@ def synchronize() -> None:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x [.., K] @ weight[N, K].T` by the fastest product of the device; differentiable."""
-    return _module().linear(x, weight)
+    """`x [.., K] @ weight[N, K].T` by the fastest product of the device; differentiable.
+
+    A weight's attribute `product`, where there is one, is a product in place of the device's (FP8).
+    """
+    return (getattr(weight, "product", None) or _module().linear)(x, weight)
+
+
+def has_fp8_products() -> bool:
+    """Whether the device multiplies FP8 matrices with one scale each (`torch._scaled_mm`) faster than others."""
+    return _module().has_fp8_products()
 
 
 def gated_experts(
@@ -98,16 +106,25 @@ def gated_experts(
     `x[rows[i]]`, or of `x[i]` when `rows` is None. x `[tokens, H]`, weight1 `[E, 2, F, H]` (gate, up),
     weight2 `[E, H, F]`, ends `[E]` int32, probs `[n]` in the dtype of `x`, rows `[n]` int64. Returns `[tokens, H]`. An
     expert may have no token. The gradient of a weight that Megatron's DDP holds may go straight into its `main_grad`.
+    Weights with an attribute `product` are multiplied by it: `product(x, weights [E, N, K], ends)`.
     """
+    if hasattr(weight1, "product"):
+        from megarl.platform import cuda_experts
+
+        return cuda_experts.gated_experts(x, weight1, weight2, ends, probs, rows)
     return _module().gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows `ends[e-1]:ends[e]` of `x [n, K]` times `weight[e].T` plus `bias[e]`: `[n, N]`; differentiable.
 
-    weight `[E, N, K]`, bias `[E, N]`, ends `[E]` int32. An expert may have no row.
+    weight `[E, N, K]`, bias `[E, N]`, ends `[E]` int32. An expert may have no row. N may be two dimensions, gate and up.
+    Of a weight with an attribute `product` as in `gated_experts`.
     """
-    return _module().grouped_linear(x, weight, bias, ends)
+    flat, bias = weight.flatten(1, -2), bias.flatten(1)
+    if hasattr(weight, "product"):
+        return weight.product(x, flat, ends) + bias.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), dim=0)
+    return _module().grouped_linear(x, flat, bias, ends)
 
 
 def sink_attention(

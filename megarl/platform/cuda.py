@@ -39,6 +39,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+def has_fp8_products() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
 def gated_experts(
     x: torch.Tensor,
     weight1: torch.Tensor,

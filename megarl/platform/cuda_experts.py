@@ -14,7 +14,8 @@ def gated_experts(
 ) -> Tensor:
     """See `platform.gated_experts`."""
     own = x if rows is None else x.index_select(0, rows)
-    out = grouped_mm(WeightedSwiGLU.apply(grouped_mm(own, weight1.flatten(1, 2), ends), probs), weight2, ends)
+    first, second = (getattr(weight, "product", grouped_mm) for weight in (weight1, weight2))
+    out = second(WeightedSwiGLU.apply(first(own, weight1.flatten(1, 2), ends), probs), weight2, ends)
     return out if rows is None else torch.zeros_like(x).index_add(0, rows, out)
 
 

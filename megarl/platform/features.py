@@ -35,7 +35,7 @@ PACKAGES = (
         "transformer-engine",
         ("transformer-engine", "transformer_engine"),
         False,
-        "torch layers instead of fused ones: no FP8, slower on CUDA, no difference on a CPU",
+        "torch layers instead of fused ones: FP8 is emulated in part, slower on CUDA, no difference on a CPU",
     ),
 )
 APEX_COST = "unfused optimizer and gradient accumulation on CUDA; no difference on a CPU"

@@ -67,12 +67,26 @@ def _by_platform(plain: Any) -> Any:
 
     @functools.wraps(plain)  # with the flag that it keeps on itself
     def linear(input: Any, weight: Any, bias: Any, **how: Any) -> Any:
+        if hasattr(weight, "product"):
+            return _around(input, weight, bias, how)
         alone = not (how["gradient_accumulation_fusion"] or how["allreduce_dgrad"] or how["sequence_parallel"])
         if alone and bias is None and how.get("grad_output_buffer") is None:
             return platform.linear(input, weight)
         return plain(input, weight, bias, **how)
 
     return linear
+
+
+def _around(x: torch.Tensor, weight: Any, bias: Any, how: dict[str, Any]) -> torch.Tensor:
+    """The same communication around a weight's own product, which sees the tokens of all ranks as Megatron's does."""
+    from megatron.core.tensor_parallel import mappings
+
+    if how["sequence_parallel"]:
+        x = mappings.gather_from_sequence_parallel_region(x, group=how["tp_group"])
+    elif how["allreduce_dgrad"]:
+        x = mappings.copy_to_tensor_model_parallel_region(x, group=how["tp_group"])
+    out = platform.linear(x, weight)
+    return out if bias is None else out + bias
 
 
 def _same_dtype_by_platform(plain: Any) -> Any:

@@ -30,8 +30,10 @@ class BiasedExperts(GroupedExperts):
         counts, rows = routed if isinstance(routed, Routed) else (routed, None)
         ends = torch.as_tensor(counts, device=hidden.device).cumsum(0).to(torch.int32)
         own = hidden if rows is None else hidden.index_select(0, rows)
-        gate_up = platform.grouped_linear(own, self.weight1.flatten(1, 2), self.bias1.flatten(1), ends)
-        out = platform.grouped_linear(ClampedSwiGLU.apply(gate_up), self.weight2, self.bias2, ends)
+        activated = ClampedSwiGLU.apply(platform.grouped_linear(own, self.weight1, self.bias1, ends))
+        if hasattr(self.weight2, "product"):  # in FP8 rows of padding are 0, and stay so in spite of the bias
+            activated = activated.masked_fill((own == 0).all(dim=1, keepdim=True), 0.0)
+        out = platform.grouped_linear(activated, self.weight2, self.bias2, ends)
         out = out * probs.to(out.dtype)[:, None]
         return (out if rows is None else torch.zeros_like(hidden).index_add(0, rows, out)), None
 

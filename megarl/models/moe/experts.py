@@ -67,16 +67,18 @@ class GroupedExperts(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Both weights as shards of `[E, ...]`, so that a checkpoint loads under any ep and etp."""
-        return {
+        # buffers are amaxes of delayed FP8 scales
+        buffers = {prefix + name: buffer for name, buffer in self.named_buffers()}
+        return {key: self._shard(key, buffer, sharded_offsets) for key, buffer in buffers.items()} | {
             f"{prefix}weight1": self._shard(f"{prefix}weight1", self.weight1, sharded_offsets, ffn_axis=2),
             f"{prefix}weight2": self._shard(f"{prefix}weight2", self.weight2, sharded_offsets, ffn_axis=2),
         }
 
     def _shard(self, key: str, weight: Tensor, sharded_offsets: tuple, ffn_axis: int | None = None) -> ShardedTensor:
-        """`ffn_axis`: the dimension cut over etp; none: no rank has it twice."""
+        """`ffn_axis`: the dimension cut over etp; none: all etp ranks have the same."""
         axes, ep, etp = len(sharded_offsets), self.ep_group, self.etp_group
         offsets = [*sharded_offsets, (axes, ep.rank(), ep.size())]
         if ffn_axis is not None:
             offsets.append((axes + ffn_axis, etp.rank(), etp.size()))
-        replica = (0, 0, self.dp_group.rank())
+        replica = (0, etp.rank() if ffn_axis is None else 0, self.dp_group.rank())
         return ShardedTensor.from_rank_offsets(key, weight, *offsets, replica_id=replica, prepend_axis_num=axes)

@@ -1,0 +1,290 @@
+"""FP8 products against rounding by hand, vLLM's quantisation and PyTorch's own FP8 product; and FP8 in a whole model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megarl import platform
+
+platform.setup()
+
+from megarl.config.schema import Config, Model, Optimizer, Parallel  # noqa: E402
+from megarl.convert import read_spec  # noqa: E402
+from megarl.data.packing import micro_batches, pack  # noqa: E402
+from megarl.errors import BadInput  # noqa: E402
+from megarl.learner.policy import Policy  # noqa: E402
+from megarl.learner.probes import probe_log_probs  # noqa: E402
+from megarl.models.fp8 import (  # noqa: E402
+    E4M3,
+    E5M2,
+    RECIPES,
+    GroupedProduct,
+    Product,
+    advance,
+    dequantize,
+    multiply,
+    multiply_codes,
+    quantize,
+    recipe_of,
+)
+from megarl.parallel import Mesh  # noqa: E402
+from megarl.verify import precision  # noqa: E402
+from tests.dist.checkpoints import make  # noqa: E402
+from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
+
+TILES = {"tensorwise": None, "blockwise": (1, 128), "mxfp8": (1, 32)}
+BLOCK = (128, 128)
+
+
+def spread(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Rows of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * torch.randn(shape[0], 1, generator=generator).exp()
+
+
+def rounded(x: np.ndarray, tile: tuple[int, int] | None, dtype: torch.dtype, power_of_two: bool) -> np.ndarray:
+    """A matrix rounded to the nearest of all numbers of an FP8 format, ties to the even code, tile by tile."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy()
+    codes = codes[:128]  # positive ones, ascending; the largest finite one and no infinity
+    codes = codes[np.isfinite(codes)]
+    out = np.zeros(x.shape)
+    high, wide = tile or x.shape
+    for top in range(0, x.shape[0], high):
+        for left in range(0, x.shape[1], wide):
+            part = x[top : top + high, left : left + wide].astype(np.float32)
+            amax = float(np.abs(part).max())
+            scale = np.float32(codes[-1] / amax) if amax else np.float32(1)
+            if power_of_two:
+                scale = np.float32(2.0 ** np.floor(np.log2(scale)))
+            wanted = np.abs((part * scale).astype(np.float64))
+            distance = np.abs(wanted[..., None] - codes)
+            nearest = distance.argmin(-1)
+            above = np.minimum(nearest + 1, len(codes) - 1)
+            tie = (np.take_along_axis(distance, above[..., None], -1)[..., 0] == distance.min(-1)) & (nearest % 2 == 1)
+            number = codes[np.where(tie, above, nearest)] * np.float64(np.float32(1) / scale)
+            out[top : top + high, left : left + wide] = np.sign(part) * number
+    return out
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("tile", [None, (1, 128), (1, 32), (128, 128), (16, 64)])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_rounding_is_to_the_nearest_number_of_the_format(tile, dtype, power_of_two):
+    """With tiles that the matrix does not fill, one of them zero."""
+    x = spread(150, 200)
+    x[:128, :128] = x[3] = 0
+    mine = dequantize(quantize(x, tile, dtype, power_of_two), torch.float64)
+    assert np.array_equal(mine.numpy(), rounded(x.numpy(), tile, dtype, power_of_two))
+
+
+def test_agrees_with_vllm_bit_for_bit():
+    from vllm.model_executor.layers.quantization.utils.mxfp8_utils import _mxfp8_e4m3_quantize_torch
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, scaled_quantize
+
+    x = spread(256, 384)
+    codes, exponents = _mxfp8_e4m3_quantize_torch(x)
+    mine = quantize(x, (1, 32), power_of_two=True)
+    assert same(mine.codes, codes) and torch.equal(mine.factors.log2() + 127, exponents.float())
+    for tile, shape in ((None, (-1, -1)), ((1, 128), (1, 128)), (BLOCK, BLOCK)):
+        # vLLM divides in two roundings: with a power of two for every tile's amax both are exact
+        high, wide = tile or x.shape
+        even = x.view(256 // high, high, 384 // wide, wide).clone()
+        even /= even.abs().amax(dim=(1, 3), keepdim=True) * 2**0.001
+        even[:, 0, :, 0] = 1
+        even = even.view_as(x) * 2.0**5
+        codes, factors = scaled_quantize(even, GroupShape(*shape), E4M3)
+        mine = quantize(even, tile)
+        assert same(mine.codes, codes) and torch.equal(mine.factors, factors.view_as(mine.factors))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("columns", [64, 37])  # contraction of a multiple of 16, and padded to one
+def test_emulated_product_is_pytorchs_product_of_the_codes(columns):
+    a, b = quantize(spread(48, columns)), quantize(spread(32, columns, seed=1), dtype=E5M2)
+    mine, chip = multiply(a, b, torch.float32), multiply_codes(a, b, torch.float32)
+    assert torch.allclose(mine, chip, rtol=1e-5, atol=1e-5 * float(chip.abs().max()))
+
+
+def test_infinite_and_missing_numbers_reach_the_result():
+    for bad in (torch.inf, torch.nan):
+        for tile, power_of_two in ((None, False), ((1, 32), True), (BLOCK, True)):
+            x = spread(8, 64)
+            x[2, 3] = bad
+            assert dequantize(quantize(x, tile, power_of_two=power_of_two))[2, 3].isnan()
+    tiny = torch.full((1, 32), 1e-44)  # its scale would be infinite
+    assert dequantize(quantize(tiny)).isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["e4m3", "hybrid"])
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise", "mxfp8"])
+def test_gradients_are_those_of_the_straight_through_function(name, format):
+    """Finite differences of `sum(g * (x w^T))` with every operand as each product sees it, rounded by hand."""
+    recipe = recipe_of(Model(path="", fp8=name, fp8_format=format))
+    gradients = {"e4m3": E4M3, "hybrid": E5M2}[format]
+    tile, weight_tile = TILES[name], BLOCK if name == "blockwise" else TILES[name]
+    x, weight, g = spread(160, 192), spread(144, 192, seed=1) / 8, spread(160, 144, seed=2) * 1e-4
+    inputs, weights = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = Product(recipe)(inputs[None], weights)
+    out.backward(g[None])
+
+    def part(matrix: torch.Tensor, tile, dtype=E4M3) -> np.ndarray:
+        return rounded(matrix.numpy(), tile, dtype, name == "mxfp8")
+
+    def slope(a: np.ndarray, rest: np.ndarray, row: int, column: int) -> float:
+        """Of `sum(rest * a)` to an element of a."""
+        up, down = copy.deepcopy(a), copy.deepcopy(a)
+        up[row, column] += 0.5
+        down[row, column] -= 0.5
+        return float((rest * up).sum() - (rest * down).sum())
+
+    def near(mine: torch.Tensor, other: np.ndarray) -> bool:
+        return torch.allclose(mine.detach().double(), torch.from_numpy(other), rtol=1e-5, atol=1e-6 * np.abs(other).max())
+
+    assert near(out[0], part(x, tile) @ part(weight, weight_tile).T)
+    to_x = part(g, tile, gradients) @ part(weight.t(), weight_tile).T
+    to_weight = part(g.t(), tile, gradients) @ part(x.t(), tile).T
+    for row, column in ((0, 0), (7, 191), (130, 45)):
+        assert slope(x.double().numpy(), to_x, row, column) == pytest.approx(float(inputs.grad[row, column]), rel=1e-4)
+        found = float(weights.grad[row, column])
+        assert slope(weight.double().numpy(), to_weight, row, column) == pytest.approx(found, rel=1e-4)
+    assert near(inputs.grad, to_x) and near(weights.grad, to_weight)
+
+
+def test_experts_are_products_of_their_own():
+    recipe, ends = RECIPES["tensorwise"], torch.tensor([20, 20, 33], dtype=torch.int32)
+    x, weights = spread(33, 64).requires_grad_(), torch.stack([spread(48, 64, seed=e) for e in (1, 2, 3)]).requires_grad_()
+    out = GroupedProduct(recipe, 3)(x, weights, ends)
+    expected = torch.cat([Product(recipe)(x[:20], weights[0]), Product(recipe)(x[20:], weights[2])])
+    assert torch.equal(out, expected)
+    upstream = spread(33, 48, seed=4)
+    mine, plain = (torch.autograd.grad(y, (x, weights), upstream) for y in (out, expected))
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True)) and not mine[1][1].any()
+
+
+@pytest.mark.parametrize("most_recent", [False, True])
+def test_delayed_scales_come_from_the_past(most_recent):
+    how = "most_recent" if most_recent else "max"
+    recipe = recipe_of(Model(path="", fp8="delayed", fp8_history=2, fp8_amax=how, fp8_margin=1))
+    amax = torch.zeros(3, 3)
+    product, weight = Product(recipe, amax), torch.eye(16)
+    used = []
+    for largest in (4.0, 1.0, 2.0, 8.0, None, 1.0):  # None: a step in which the matrix did not occur
+        if largest is not None:
+            x = torch.zeros(16, 16)
+            x[0, 0] = largest
+            used.append(float(product.operand(x, "input", record=False).factors) * 448)
+            x.requires_grad_()
+            (product(x, weight) * 1e-3).sum().backward()
+        advance(amax)
+    # the first is its own; then twice (margin) the last one, or the largest of the last two
+    past = [4, 8, 2, 4, 16] if most_recent else [4, 8, 8, 4, 16]
+    assert used == pytest.approx(past, rel=1e-6)
+    assert amax[1, 1] == 1 and amax[2, 1] == pytest.approx(1e-3)
+    with torch.no_grad():
+        product(torch.full((16, 16), 100.0), weight)
+    assert amax[0, 0] == 0  # a pass without a gradient counts for nothing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fp8")
+    make(path, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, head_dim=32, num_hidden_layers=3)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh.build(Parallel())
+
+
+def policy_of(folder: str, mesh: Mesh, recompute: str = "none", **model) -> Policy:
+    cfg = Config(model=Model(path=folder, **model), parallel=Parallel(recompute=recompute))
+    return Policy.from_hf(folder, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
+
+
+def test_which_products_are_in_fp8(folder, mesh):
+    policy = policy_of(folder, mesh, fp8="tensorwise", fp8_skip_first=1)
+    names = [name for name, p in policy.modules[0].named_parameters() if hasattr(p, "product")]
+    kinds = [f"self_attention.linear_{which}.weight" for which in ("proj", "qkv")]
+    kinds += ["mlp.experts.weight1", "mlp.experts.weight2"]
+    assert sorted(names) == sorted(f"decoder.layers.{layer}.{kind}" for layer in (1, 2) for kind in kinds)
+    # the check of a weight sync has to see weights that differ, and not FP8
+    probes = [[5, 6, 7, 8], [9, 10, 11]]
+    mine, plain = (probe_log_probs(one, probes) for one in (policy, policy_of(folder, mesh)))
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(mine, plain, strict=True))
+    with pytest.raises(BadInput, match="fp8_skip_first . fp8_skip_last = 3: no layer of 3 is left in FP8"):
+        policy_of(folder, mesh, fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=2)
+
+
+@pytest.mark.parametrize(("recipe", "recompute"), [("tensorwise", "selective"), ("delayed", "full"), ("mxfp8", "none")])
+def test_padding_has_no_part_in_scales(folder, mesh, recipe, recompute):
+    """Rows of a token whose embedding is huge change no log-prob, no gradient and no history, even where biases are."""
+    found = []
+    cfg = Config(model=Model(path=folder, fp8=recipe), parallel=Parallel(recompute=recompute))
+    spec = replace(read_spec(folder), qkv_bias=True, output_bias=True)
+    for rows in (0, 320):
+        policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in policy.modules[0].named_parameters():
+                parameter.normal_(float("norm" in name), 10.0 if name.endswith("bias") else 0.1)
+            policy.modules[0].embedding.word_embeddings.weight[0] = 1e4
+        policy.optimizer.reload_model_params()
+        packed = [pack(fixed_batch(), range(8), policy.layout, rows)]
+        assert len(packed[0].tokens) == (rows or 192 if recipe == "mxfp8" else rows or 176)
+        log_probs, _ = policy.log_probs(packed)
+        found.append([*log_probs, torch.tensor(policy.train_step(packed, negative_log_likelihood).grad_norm)])
+        found[-1] += [p.main_grad for p in policy.chunks[0].parameters()]
+        found[-1] += [buffer for _, buffer in policy.modules[0].named_buffers()]
+    assert len(found[0]) > 2
+    for short, long in zip(*found, strict=True):
+        assert torch.allclose(short, long, rtol=1e-4, atol=1e-5 * float(short.abs().max()))
+
+
+def test_first_ratio_is_1_and_the_history_moves_by_steps(folder, mesh):
+    """Old log-probs, read with the scales of a step, are those of its training pass."""
+    policy = policy_of(folder, mesh, fp8="delayed", dtype="bfloat16")
+    packed = micro_batches(fixed_batch(), 64, policy.layout)
+    assert len(packed) > 1
+    amax = policy.modules[0].decoder.layers[0].self_attention.linear_qkv.weight_amax
+    assert amax.dtype == torch.float32
+    for step in range(2):
+        old = torch.cat(policy.log_probs(packed)[0])
+        seen: list[torch.Tensor] = []
+
+        def loss(batch, log_probs, entropy, shards, seen=seen):
+            seen.append(log_probs.detach().float())
+            return -(batch.token_weights * log_probs).sum(), {}
+
+        assert policy.train_step(packed, loss).applied
+        assert torch.equal(torch.cat(seen), old[old != 0])
+        assert (amax[:, 1 + step] > 0).all() and not amax[:, 2 + step :].any() and not amax[:, 0].any()
+
+
+def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
+    cfg = Config(model=Model(path=folder))
+    batches = [precision._batch(cfg, policy_of(folder, mesh).spec, part) for part in (0, 1)]
+    settings = {"float32": {}, "bfloat16": dict(dtype="bfloat16"), "tensorwise": dict(fp8="tensorwise")}
+    settings["last"] = dict(fp8="tensorwise", fp8_skip_first=2)
+    exact, *others = (precision._measure(cfg, Path(folder), mesh, batches, model) for model in settings.values())
+    bf16, fp8, last = (precision.Gap.of(other, exact) for other in others)
+    assert 0 < bf16.layers[0] < fp8.layers[0] < 0.3 and fp8.worst[0] in range(3)
+    assert last.layers[:2] == [0, 0] and last.worst[:2] == (2, 0) and last.layers[2] > 0.01
+    assert fp8.mean < fp8.max and bf16.gradient < last.gradient < fp8.gradient < 1
+    text = precision.render({"bfloat16": bf16, "last": last})
+    assert len(text) == 1 + 3 + 3 + 2 and text[-1].startswith("last: layer 2 adds most (0.0e+00 -> ")
+
+
+def test_sizes_that_fp8_cannot_multiply(tmp_path, mesh):
+    make(tmp_path, moe_intermediate_size=32, num_hidden_layers=1)
+    with pytest.raises(BadInput, match=r"linear_qkv.weight is 192 x 64 .* multiples of 16 x 128; set model.fp8: mxfp8"):
+        policy_of(str(tmp_path), mesh, fp8="blockwise")
