@@ -19,6 +19,8 @@ from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.types import MicroBatch
 
+AMAX = "_amax"  # after a weight's name: that of its buffer
+
 
 class FP8Layers:
     """Gives the linears and experts of a model's layers FP8 products, except in the first and last layers that are kept.
@@ -72,7 +74,7 @@ class FP8Layers:
         if self.recipe.history:
             shape = (*((len(weight),) if grouped else ()), 3, 1 + self.recipe.history)
             amax = torch.zeros(shape, dtype=torch.float32, device=platform.device())
-            module.register_buffer(f"{which}_amax", amax)
+            module.register_buffer(which + AMAX, amax)
             (self._experts if grouped else self._linears).append(amax)
         if not grouped:
             self._products.append(Product(self.recipe, amax))
