@@ -3,8 +3,8 @@ whole model."""
 
 from __future__ import annotations
 
-import copy
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megarl import platform
 
 platform.setup()
 
+from megarl.checkpoint import Checkpointer  # noqa: E402
 from megarl.config.schema import Config, Model, Optimizer, Parallel  # noqa: E402
 from megarl.convert import read_spec  # noqa: E402
 from megarl.data.packing import micro_batches, pack  # noqa: E402
@@ -42,8 +43,10 @@ from megarl.parallel import Mesh  # noqa: E402
 from megarl.verify import precision  # noqa: E402
 from tests.dist.checkpoints import make  # noqa: E402
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
+from tests.families import all_cases  # noqa: E402
 from tests.unit.vectors import make_fp8_torchao as vectors  # noqa: E402
 
+CASES = all_cases()
 TILES = {"tensorwise": None, "blockwise": (1, 128), "mxfp8": (1, 32)}
 BLOCK = (128, 128)
 
@@ -172,38 +175,49 @@ def test_infinite_and_missing_numbers_reach_the_result():
 
 
 @pytest.mark.parametrize("format", ["e4m3", "hybrid"])
-@pytest.mark.parametrize("name", ["tensorwise", "blockwise", "mxfp8"])
-def test_gradients_are_those_of_the_straight_through_function(name, format):
-    """Finite differences of `sum(g * (x w^T))` with every operand as each product sees it, rounded by hand."""
-    recipe = recipe_of(Model(path="", fp8=name, fp8_format=format))
+@pytest.mark.parametrize(
+    ("name", "power_of_two"), [("tensorwise", False), ("blockwise", False), ("blockwise", True), ("mxfp8", True)]
+)
+def test_gradients_are_those_of_the_straight_through_function(name, power_of_two, format):
+    """Every product's operands rounded by hand; and central differences of the product in which rounding is a constant.
+
+    The differences are those of `sum(signs * (x w^T))`, whose gradient to the product FP8 holds without rounding.
+    """
+    recipe = recipe_of(Model(path="", fp8=name, fp8_format=format, fp8_power_of_two=power_of_two))
     gradients = {"e4m3": E4M3, "hybrid": E5M2}[format]
     tile, weight_tile = TILES[name], BLOCK if name == "blockwise" else TILES[name]
     x, weight, g = spread(160, 192), spread(144, 192, seed=1) / 8, spread(160, 144, seed=2) * 1e-4
-    inputs, weights = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = Product(recipe)(inputs[None], weights)
-    out.backward(g[None])
 
     def part(matrix: torch.Tensor, tile, dtype=E4M3) -> np.ndarray:
-        return by_hand(matrix.numpy(), tile, dtype, name == "mxfp8")
-
-    def slope(a: np.ndarray, rest: np.ndarray, row: int, column: int) -> float:
-        """Of `sum(rest * a)` to an element of a."""
-        up, down = copy.deepcopy(a), copy.deepcopy(a)
-        up[row, column] += 0.5
-        down[row, column] -= 0.5
-        return float((rest * up).sum() - (rest * down).sum())
+        return by_hand(matrix.numpy(), tile, dtype, power_of_two)
 
     def near(mine: torch.Tensor, other: np.ndarray) -> bool:
         return torch.allclose(mine.detach().double(), torch.from_numpy(other), rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
-    assert near(out[0], part(x, tile) @ part(weight, weight_tile).T)
-    to_x = part(g, tile, gradients) @ part(weight.t(), weight_tile).T
-    to_weight = part(g.t(), tile, gradients) @ part(x.t(), tile).T
+    def emulated(upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs, weights = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = Product(recipe)(inputs[None], weights)
+        return out[0], *torch.autograd.grad(out, (inputs, weights), upstream[None])
+
+    # as the gradient's products see them: blocks lie along what is summed over
+    seen_x, seen_weight = part(x.t(), tile).T, part(weight.t(), weight_tile).T
+    out, to_x, to_weight = emulated(g)
+    assert near(out, part(x, tile) @ part(weight, weight_tile).T)
+    assert near(to_x, part(g, tile, gradients) @ seen_weight) and near(to_weight, part(g.t(), tile, gradients) @ seen_x)
+
+    signs = g.sign()
+    _, to_x, to_weight = emulated(signs)
     for row, column in ((0, 0), (7, 191), (130, 45)):
-        assert slope(x.double().numpy(), to_x, row, column) == pytest.approx(float(inputs.grad[row, column]), rel=1e-4)
-        found = float(weights.grad[row, column])
-        assert slope(weight.double().numpy(), to_weight, row, column) == pytest.approx(found, rel=1e-4)
-    assert near(inputs.grad, to_x) and near(weights.grad, to_weight)
+        for found, turned, fixed, along in (
+            (to_x, seen_x, seen_weight, signs.double().numpy()),
+            (to_weight, seen_weight, seen_x, signs.double().numpy().T),
+        ):
+            values = []
+            for step in (1e-3, -1e-3):
+                moved = turned.copy()  # rounding added a constant: the matrix moves as what is rounded does
+                moved[row, column] += step
+                values.append((along * (moved @ fixed.T)).sum())
+            assert float(found[row, column]) == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-4, abs=1e-5)
 
 
 def test_experts_are_products_of_their_own():
@@ -348,5 +362,41 @@ def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
 
 def test_sizes_that_fp8_cannot_multiply(tmp_path, mesh):
     make(tmp_path, moe_intermediate_size=32, num_hidden_layers=1)
-    with pytest.raises(BadInput, match=r"linear_qkv.weight is 192 x 64 .* multiples of 16 x 128; set model.fp8: mxfp8"):
+    with pytest.raises(BadInput) as error:
         policy_of(str(tmp_path), mesh, fp8="blockwise")
+    assert str(error.value) == (
+        "model.fp8 = 'blockwise': layer 0 self_attention.linear_qkv.weight is 192 x 64, and the recipe needs multiples of 16 x "
+        "128; set model.fp8: mxfp8"
+    )
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_verify_precision_of_a_model_that_is_too_large(name, tmp_path, mesh, monkeypatch, capsys):
+    """A small one of its kind, with latent attention or with biases, that every recipe can multiply."""
+    CASES[name].configuration().save_pretrained(tmp_path)
+    monkeypatch.setattr(precision, "LARGEST", 0)
+    monkeypatch.setattr(precision.launcher, "terminal", lambda: sys.stdout)
+    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path}: 0.0B parameters are too many here; a random {name} of 4 layers, hidden 128")
+    assert lines[1].split()[-5:] == ["bfloat16", *RECIPES]
+    assert lines[-1] == "FP8 recipes on top of float32; layers 0, 3 without FP8"
+    rows = {line[:24].strip(): [float(number) for number in line.split()[-5:]] for line in lines[2:9]}
+    assert not any(rows["hidden after layer 0"][1:]) and all(0 < x < 0.5 for x in rows["hidden after layer 3"])
+    named = [line for line in lines if "adds most" in line]
+    assert len(named) == 5 and all(": layer 1 " in line or ": layer 2 " in line for line in named[1:])
+
+
+def test_past_of_delayed_scales_that_a_checkpoint_lacks(folder, mesh, tmp_path):
+    def checkpointer(**model) -> Checkpointer:
+        out = Checkpointer(tmp_path, mesh, keep=1)
+        out.register("policy", policy_of(folder, mesh, **model))
+        return out
+
+    checkpointer(fp8="tensorwise").save(1)
+    with pytest.raises(BadInput, match=r"step_000001: holds no past of model.fp8 = 'delayed'; resume with the model.fp8 that"):
+        checkpointer(fp8="delayed").load_latest()
+    checkpointer(fp8="delayed", fp8_history=2).save(2)
+    with pytest.raises(BadInput, match=r"^model.fp8_history = 3: .*step_000002 holds 2 steps; set 2$"):
+        checkpointer(fp8="delayed", fp8_history=3).load_latest()
+    assert checkpointer(fp8="delayed", fp8_history=2).load_latest() == checkpointer().load_latest() == 2

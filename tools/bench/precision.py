@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from presets import CONFIG, ROOT, over_seeds, run, wilson
@@ -51,6 +52,7 @@ def train(folder: Path, name: str, seed: int, arguments: argparse.Namespace) -> 
     run_dir = run_dir_of(folder, name, seed, arguments.steps)
     if (run_dir / "summary.json").exists():
         return
+    print(f"{name}, seed {seed}", flush=True)
     own = [f"seed={seed}", f"run_dir={run_dir}", f"model.path={warm_start(folder)}"]
     own += [f"rl.steps={arguments.steps}", f"rl.prompts_per_step={arguments.prompts}"]
     run("train", str(CONFIG), *WORLD, *RL, *own, *precision(name))
@@ -81,8 +83,10 @@ def result(run_dir: Path) -> dict[str, float] | None:
 
 def tables(found: dict[str, dict[int, dict[str, float]]]) -> list[str]:
     """The runs, then what each precision changes, in Markdown."""
-    lines = ["| precision | seed | before | after | 95 % (Wilson, over problems) | reward | gap, mean | gap, max | s/step | s/update |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "precision|seed|before|after|95 % (Wilson, over problems)|reward|gap, mean|gap, max|s/step|s/update".split("|")
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, by_seed in found.items():
         for seed, r in sorted(by_seed.items()):
             low, high = wilson(round(r["after"] * r["problems"]), int(r["problems"]))
@@ -90,8 +94,8 @@ def tables(found: dict[str, dict[int, dict[str, float]]]) -> list[str]:
                 f"| {name} | {seed} | {r['before']:.1%} | {r['after']:.1%} | {low:.1%} to {high:.1%} | {r['reward']:.3f} | "
                 f"{r['gap']:.1e} | {r['gap_max']:.1e} | {r['seconds']:.2f} | {r['update']:.2f} |"
             )
-    lines += ["", "| precision | seeds | after RL | minus float32, points | 95 % | reward, minus float32 | 95 % | gap, mean (nats) |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    columns = "precision|seeds|after RL|minus float32, points|95 %|reward, minus float32|95 %|gap, mean".split("|")
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     exact = found.get("float32", {})
     for name, by_seed in found.items():
         seeds = sorted(by_seed.keys() & exact.keys())
@@ -117,18 +121,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench" / "precision")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one process each")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     arguments = parser.parse_args()
     wanted = [(name, seed) for seed in arguments.seeds for name in arguments.precisions]
     wanted += [("bfloat16", seed) for seed in arguments.bfloat16_seeds]
     found: dict[str, dict[int, dict[str, float]]] = {}
+    if not arguments.table:
+        warm_start(arguments.folder)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for future in [pool.submit(train, arguments.folder, *which, arguments) for which in wanted]:
+                future.result()
     for name, seed in wanted:
-        if not arguments.table:
-            train(arguments.folder, name, seed, arguments)
         done = result(run_dir_of(arguments.folder, name, seed, arguments.steps))
         if done is not None:
             found.setdefault(name, {})[seed] = done
-            print(f"{name}, seed {seed}: {done['before']:.1%} -> {done['after']:.1%}", flush=True)
     print("\n".join(["", *tables(found)]))
 
 

@@ -61,7 +61,7 @@ class FP8Layers:
                         weight.product = product
             if is_fp8:
                 _Padding(layer, mesh)
-        _check_sizes(recipe, weights, model.dtype)
+        _check_sizes(recipe, weights, model, mesh)
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], model: Model, spec: ModelSpec, mesh: Mesh) -> FP8Layers | None:
@@ -176,7 +176,7 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
 
 
-def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -> None:
+def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:
     # of experts: [E, N, K], or [E, 2, F, K] for two matrices in one product
     sizes = {name: (weight[0].numel() // weight.shape[-1] if weight.ndim > 2 else len(weight), weight.shape[-1])
              for name, weight in weights.items()}  # fmt: skip
@@ -187,8 +187,10 @@ def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -
     for name, size in sizes.items():
         if not fits(recipe, size):
             working = (other.name for other in RECIPES.values() if all(fits(other, size) for size in sizes.values()))
-            better = next(working, f"none ({dtype})")
+            better = next(working, f"none ({model.dtype})")
+            cut = " on a rank" if max(mesh.tp, mesh.etp) > 1 else ""
             raise BadInput(
-                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]} on a rank, and the recipe needs multiples of "
-                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}, or lower parallel.tp and etp"
+                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]}{cut}, and the recipe needs multiples of "
+                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}"
+                + (", or lower parallel.tp and etp" if cut else "")
             )
