@@ -83,9 +83,18 @@ def result(run_dir: Path) -> dict[str, float] | None:
 
 def tables(found: dict[str, dict[int, dict[str, float]]]) -> list[str]:
     """The runs, then what each precision changes, in Markdown."""
-    columns = (
-        "precision|seed|before|after|95 % (Wilson, over problems)|reward|gap, mean|gap, max|s/step|s/update".split("|")
-    )
+    columns = [
+        "precision",
+        "seed",
+        "before",
+        "after",
+        "95 % (Wilson, over problems)",
+        "reward",
+        "gap, mean",
+        "gap, max",
+        "s/step",
+        "s/update",
+    ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, by_seed in found.items():
         for seed, r in sorted(by_seed.items()):
@@ -94,7 +103,16 @@ def tables(found: dict[str, dict[int, dict[str, float]]]) -> list[str]:
                 f"| {name} | {seed} | {r['before']:.1%} | {r['after']:.1%} | {low:.1%} to {high:.1%} | {r['reward']:.3f} | "
                 f"{r['gap']:.1e} | {r['gap_max']:.1e} | {r['seconds']:.2f} | {r['update']:.2f} |"
             )
-    columns = "precision|seeds|after RL|minus float32, points|95 %|reward, minus float32|95 %|gap, mean".split("|")
+    columns = [
+        "precision",
+        "seeds",
+        "after RL",
+        "minus float32, points",
+        "95 %",
+        "reward, minus float32",
+        "95 %",
+        "gap, mean",
+    ]
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     exact = found.get("float32", {})
     for name, by_seed in found.items():
