@@ -163,6 +163,24 @@ def test_emulated_product_is_pytorchs_product_of_the_codes(columns):
     assert torch.allclose(mine, chip, rtol=1e-5, atol=1e-5 * float(chip.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["tensorwise", "delayed"])
+def test_chips_that_multiply_codes_compute_the_emulated_numbers(name, monkeypatch):
+    """By PyTorch's FP8 product on this processor; in the backward pass codes are kept and transposed."""
+
+    def step() -> list[torch.Tensor]:
+        amax = torch.zeros(3, 2)
+        amax[:, 1] = torch.tensor([3.0, 1.0, 0.1])
+        x, weight = spread(48, 64).requires_grad_(), spread(32, 64, seed=1).requires_grad_()
+        out = Product(RECIPES[name], amax)(x[None], weight)
+        out.backward(spread(48, 32, seed=2)[None])
+        return [out, x.grad, weight.grad, amax]
+
+    emulated = step()
+    monkeypatch.setattr(platform, "has_fp8_products", lambda: True)
+    for mine, chip in zip(emulated, step(), strict=True):
+        assert torch.allclose(mine, chip, rtol=1e-5, atol=1e-5 * float(chip.abs().max()))
+
+
 def test_infinite_and_missing_numbers_reach_the_result():
     for bad in (torch.inf, torch.nan):
         for tile, power_of_two in ((None, False), ((1, 32), True), (BLOCK, True)):
