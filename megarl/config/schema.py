@@ -128,10 +128,11 @@ class Model(Section):
     """Layers at the start of the model whose products stay in `dtype`."""
     fp8_skip_last: NonNegative = 0
     """Layers at the end of the model whose products stay in `dtype`."""
-    fp8_power_of_two: bool = False
-    """Scales of blockwise are powers of two, as those of mxfp8 always are."""
+    fp8_power_of_two: bool = True
+    """Scales of blockwise are powers of two, as those of mxfp8 always are and as Transformer Engine has them (Blackwell's
+    blocks need it); false: any float32, as in DeepSeek-V3's weights."""
     fp8_history: Positive = 16
-    """Optimizer steps whose largest magnitudes (amax) make the scales of delayed."""
+    """Optimizer steps whose largest magnitudes (amax) make the scales of delayed (Transformer Engine: 1024 micro-batches)."""
     fp8_amax: Literal["max", "most_recent"] = "max"
     """Of these steps, the largest amax or the last one."""
     fp8_margin: NonNegative = 0

@@ -19,6 +19,8 @@ from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.types import MicroBatch
 
+AMAX = "_amax"  # after a weight's name: that of its buffer
+
 
 class FP8Layers:
     """Gives the linears and experts of a model's layers FP8 products, except in the first and last layers that are kept.
@@ -59,7 +61,7 @@ class FP8Layers:
                         weight.product = product
             if is_fp8:
                 _Padding(layer, mesh)
-        _check_sizes(recipe, weights, model.dtype)
+        _check_sizes(recipe, weights, model, mesh)
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], model: Model, spec: ModelSpec, mesh: Mesh) -> FP8Layers | None:
@@ -72,7 +74,7 @@ class FP8Layers:
         if self.recipe.history:
             shape = (*((len(weight),) if grouped else ()), 3, 1 + self.recipe.history)
             amax = torch.zeros(shape, dtype=torch.float32, device=platform.device())
-            module.register_buffer(f"{which}_amax", amax)
+            module.register_buffer(which + AMAX, amax)
             (self._experts if grouped else self._linears).append(amax)
         if not grouped:
             self._products.append(Product(self.recipe, amax))
@@ -174,7 +176,7 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
 
 
-def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -> None:
+def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:
     # of experts: [E, N, K], or [E, 2, F, K] for two matrices in one product
     sizes = {name: (weight[0].numel() // weight.shape[-1] if weight.ndim > 2 else len(weight), weight.shape[-1])
              for name, weight in weights.items()}  # fmt: skip
@@ -185,8 +187,10 @@ def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -
     for name, size in sizes.items():
         if not fits(recipe, size):
             working = (other.name for other in RECIPES.values() if all(fits(other, size) for size in sizes.values()))
-            better = next(working, f"none ({dtype})")
+            better = next(working, f"none ({model.dtype})")
+            cut = " on a rank" if max(mesh.tp, mesh.etp) > 1 else ""
             raise BadInput(
-                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]} on a rank, and the recipe needs multiples of "
-                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}, or lower parallel.tp and etp"
+                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]}{cut}, and the recipe needs multiples of "
+                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}"
+                + (", or lower parallel.tp and etp" if cut else "")
             )
