@@ -1,0 +1,139 @@
+"""What each rank runs for the tests of FP8 rollout: a learner, an engine with FP8 layers, and the syncs between them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from megarl import platform
+from megarl.config.schema import Config, Model, Parallel, Rollout
+from megarl.errors import BadInput, RunFailed
+from tests.dist.vllm_cases import CONTEXT, prompts
+
+SHAPE = dict(
+    hidden_size=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=128, num_experts=4, moe_intermediate_size=128
+)
+Q, DOWN, ROUTER = (
+    f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.experts.3.down_proj", "mlp.gate")
+)
+
+
+def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout: dict[str, Any] = {}, **degrees) -> dict:
+    """Syncs a learner into an engine with FP8 layers, whole and then broken in several ways.
+
+    `model`: further settings of the learner. Layer 0 stays plain on both sides.
+    """
+    platform.setup()
+    from megarl.convert import stream_hf
+    from megarl.learner.policy import Policy
+    from megarl.learner.probes import probe_log_probs
+    from megarl.models.fp8 import Product, recipe_of
+    from megarl.parallel import Mesh
+    from megarl.rollout.engine import Sampling
+    from megarl.rollout.fp8_weights import Fp8Weights
+    from megarl.rollout.vllm_engine import VLLMEngine
+    from megarl.rollout.weight_sync import (
+        WeightSync,
+        check_checksums,
+        check_sync,
+        default_threshold,
+        make_probes,
+        measure_gap,
+    )
+
+    parallel, settings = Parallel(**degrees), Model(path=path, dtype=dtype, fp8_skip_first=1, **model)
+    mesh = Mesh.build(parallel)
+    policy = Policy.from_hf(path, Config(model=settings, parallel=parallel), mesh)
+    wanted = Rollout(max_context=CONTEXT, fp8="blockwise", **rollout)
+    fp8 = Fp8Weights.of(policy.spec, settings, wanted)
+    start = functools.partial(VLLMEngine, path, wanted, seed=3, mesh=mesh, load=False, fp8=fp8)
+    refused = _refusal(start)
+    engine = start(dtype)
+    weight_sync = WeightSync(policy.spec, parallel, mesh, engine)
+    probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
+
+    def check() -> list[float] | str:
+        engine.reset_prefix_cache()  # what an earlier check left
+        expected = probe_log_probs(policy, probes, fp8)
+        try:
+            gap = check_sync(weight_sync, policy.modules, probes, expected, default_threshold(dtype, fp8=True))
+        except RunFailed as error:
+            return str(error)
+        return [gap.mean, gap.max, gap.median]
+
+    def sums() -> str:
+        try:
+            check_checksums(weight_sync, policy.modules)
+        except RunFailed as error:
+            return str(error)
+        return "equal"
+
+    def broken(change: Any) -> list[Any]:
+        weights = dict(weight_sync.stream(policy.modules))
+        change(weights)
+        engine.load_weights(weights.items(), 6)
+        found = [check(), sums()]
+        engine.load_weights(weight_sync.stream(policy.modules), 7)
+        return found
+
+    out: dict[str, Any] = {"refused": refused, "unsynced": check()}
+    report = weight_sync.run(policy.modules, policy_version=5)
+    out |= {"bytes": weight_sync.plan.bytes, "written": report.traffic.written, "reload": engine.reload_reason}
+    out |= {"synced": check(), "sums": sums(), "codes": _same_codes(stream_hf, policy, mesh, engine, Product, recipe_of)}
+    engine.reset_prefix_cache()
+    plain = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
+    out["plain_learner"] = [plain.mean, plain.median]
+    groups = engine.generate(prompts(4), Sampling(2, 12, 1.0), 1)
+    rows = [row for group in groups for row in group.trajectories]
+    scored = engine.score([row.prompt_ids + row.response_ids for row in rows])
+    out["sampled"] = max(
+        float(abs(a[len(row.prompt_ids) :] - row.rollout_log_probs).max()) for a, row in zip(scored, rows, strict=True)
+    )
+    out["factors"] = broken(lambda weights: weights[f"{DOWN}_scale_inv"].mul_(4))
+    out["codes_moved"] = broken(lambda weights: weights.update({Q: weights[Q].view(torch.uint8).roll(1, 0).view(weights[Q].dtype)}))
+    out["router"] = broken(lambda weights: weights.update({ROUTER: weights[ROUTER].roll(1, 0)}))
+    out["mended"] = check()
+    for chunk in policy.modules:
+        for parameter in chunk.parameters():
+            parameter.data.mul_(1.1)
+    out["stale"] = [check(), sums()]
+    engine._direct, reason = None, engine.reload_reason
+    engine.reload_reason = "it is asked for"
+    try:
+        whole = WeightSync(policy.spec, parallel, mesh, engine)
+        whole.run(policy.modules, 8)
+        out["reloaded"] = check()
+    finally:
+        engine.reload_reason = reason
+    return out
+
+
+def _same_codes(stream_hf: Any, policy: Any, mesh: Any, engine: Any, product: Any, recipe_of: Any) -> dict[str, int]:
+    """Tensors that the engine has the codes and factors of which the learner's products in FP8 multiply with."""
+    model = Model(path="", fp8="blockwise", fp8_power_of_two=engine.fp8.power_of_two)
+    operand, found = product(recipe_of(model)).operand, {"same": 0, "other": 0}
+    for name, tensor in stream_hf(policy.modules, policy.spec, mesh):
+        hosted = engine.hosted_weight(name)
+        if hosted is None or name not in engine.fp8.coded:
+            continue
+        (box, codes), (blocks, factors) = hosted, engine.hosted_weight(f"{name}_scale_inv")
+        own = operand(tensor, "weight", False)
+        same = torch.equal(own.codes[box].view(torch.uint8), codes.contiguous().view(torch.uint8))
+        found["same" if same and torch.equal(own.factors[blocks], factors) else "other"] += 1
+    return found
+
+
+def _refusal(start: Any) -> str:
+    """What is said where vLLM has FP8 layers beside half precision only, as on a GPU."""
+    from megarl.platform import vllm_fp8
+
+    here, vllm_fp8.precisions = vllm_fp8.precisions, lambda: [torch.bfloat16, torch.half]
+    try:
+        start("float32")
+    except BadInput as error:
+        return str(error)
+    finally:
+        vllm_fp8.precisions = here
+    return "started"
