@@ -68,8 +68,8 @@ class Fp8Weights:
                 f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or "
                 "set rollout.fp8: none"
             )
-        if spec.family == "gpt_oss":
-            raise BadInput("rollout.fp8 = 'blockwise': vLLM has no block-wise FP8 of gpt_oss; set rollout.fp8: none")
+        if spec.family == "gpt_oss" or spec.kv_lora_rank:  # vLLM multiplies latent attention's weights with each other
+            raise BadInput(f"rollout.fp8 = 'blockwise': not for {spec.family}; set rollout.fp8: none")
         return cls(spec, model.fp8_skip_first, model.fp8_skip_last, model.fp8_power_of_two)
 
     @property
@@ -155,7 +155,7 @@ class BlockedParameter:
     order: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
-    def of(cls, megatron: str, shape: tuple[int, ...], regions: list[Region]) -> BlockedParameter:
+    def of(cls, shape: tuple[int, ...], regions: list[Region]) -> BlockedParameter:
         """Raises BadInput when a rank of the learner holds a part of a block."""
         rows, columns = _product(shape[:-1]), shape[-1]
         places = [_rows(region, shape) for region in regions]

@@ -239,6 +239,11 @@ class SyncPlan:
         """How a rank's shard of a parameter is cut into blocks; none for one that moves as it is."""
         return self._blocked(self._rules[megatron], self.learner.shard(rank)) if megatron in self._coded else None
 
+    def regrouped(self, rank: int) -> list[str]:
+        """The parameters of a rank whose blocks are not those that a learner in FP8 rounds them in."""
+        blocked = {name: self.blocked(name, rank) for name in self.held(rank)}
+        return [name for name, one in blocked.items() if one is not None and one.order is not None]
+
     @functools.cached_property
     def _rules(self) -> dict[str, Rule]:
         return {rule.megatron: rule for block in self.blocks for rule, _ in block}
@@ -246,7 +251,7 @@ class SyncPlan:
     @functools.cache  # noqa: B019 - as many entries as there are shards
     def _blocked(self, rule: Rule, shard: Shard) -> BlockedParameter:
         shape = rule.local_shape(self.spec, shard)
-        return BlockedParameter.of(rule.megatron, shape, rule.regions(self.spec, shard))
+        return BlockedParameter.of(shape, rule.regions(self.spec, shard))
 
     @functools.cache  # noqa: B019 - as `held`
     def _stored(self, rank: int) -> dict[str, tuple[int, ...]]:

@@ -133,6 +133,11 @@ class RLTrainer:
         budget = cfg.rollout.max_response_tokens
         for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
             self.loop.display.note(f"warning: {line}")
+        if cfg.model.fp8 == "blockwise" and self.weight_sync.plan.regrouped(mesh.rank):
+            self.loop.display.note(
+                f"warning: rollout.fp8: with {spec.head_dim} as the width of a head, q, k and v are rounded in other blocks "
+                "than the learner's; both sides round alike with multiples of 128"
+            )
         self._told = False  # that the gate closes for most sequences
 
     def prepare(self) -> None:

@@ -79,6 +79,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
         return found
 
     out: dict[str, Any] = {"refused": refused, "unsynced": check()}
+    out["rounding"] = _rounding(engine.vllm_config)
     report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": weight_sync.plan.bytes, "written": report.traffic.written, "reload": engine.reload_reason}
     out |= {"synced": check(), "sums": sums(), "codes": _same_codes(stream_hf, policy, mesh, engine, Product, recipe_of)}
@@ -123,6 +124,22 @@ def _same_codes(stream_hf: Any, policy: Any, mesh: Any, engine: Any, product: An
         same = torch.equal(own.codes[box].view(torch.uint8), codes.contiguous().view(torch.uint8))
         found["same" if same and torch.equal(own.factors[blocks], factors) else "other"] += 1
     return found
+
+
+def _rounding(vllm_config: Any) -> list[bool]:
+    """Whether activations are rounded as by vLLM's quantiser; and those below 1/512, which it scales as on no GPU."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, scaled_dequantize
+
+    from megarl.platform import vllm_fp8
+
+    x = torch.randn(40, 384, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 40)[:, None]
+    with set_current_vllm_config(vllm_config):
+        codes, scales = QuantFP8(False, GroupShape(1, 128)).forward_native(x)
+    small = x * 1e-6
+    near = (vllm_fp8.rounded(small) - small).abs() <= small.abs() / 16 + small.abs().amax(1, keepdim=True) / 448 / 512
+    return [torch.equal(vllm_fp8.rounded(x), scaled_dequantize(codes, scales, GroupShape(1, 128))), bool(near.all())]
 
 
 def _refusal(start: Any) -> str:

@@ -33,6 +33,10 @@ def test_the_engine_has_the_codes_that_the_learner_multiplies_with(rank):
     assert rank["sums"] == "equal"
 
 
+def test_activations_are_rounded_as_vllm_rounds_them(rank):
+    assert rank["rounding"] == [True, True]
+
+
 def test_a_sync_moves_codes_and_factors(rank):
     assert rank["bytes"] == rank["written"]
     attention, experts = (2 * 4 + 2 * 2) * 128 * 256, 4 * 3 * 128 * 256

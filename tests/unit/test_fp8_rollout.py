@@ -14,7 +14,6 @@ from megarl.convert.load import family
 from megarl.errors import BadInput
 from megarl.models.fp8 import Product, recipe_of
 from megarl.models.generate import spec_of
-from megarl.platform import vllm_fp8
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.exchange import values_of
 from megarl.rollout.fp8_weights import Coded, Fp8Weights
@@ -27,7 +26,10 @@ NARROW = replace(SPEC, num_heads=8, num_kv_heads=4, head_dim=64)  # a group's qu
 DENSE = spec_of(Generate(family="qwen3", **SHAPE))
 
 
-def plan_of(spec, parallel, world, degrees=EngineDegrees(), **model):
+WHOLE = EngineDegrees()
+
+
+def plan_of(spec, parallel, world, degrees=WHOLE, **model):
     fp8 = Fp8Weights.of(spec, Model(path="", **model), Rollout(fp8="blockwise"))
     return SyncPlan(spec, "bfloat16", LearnerLayout.of(parallel, world, 2), degrees, fp8=fp8)
 
@@ -103,6 +105,9 @@ def test_codes_are_those_that_a_learner_in_fp8_multiplies_with(power_of_two):
             assert torch.equal(torch.cat([one.codes for one in own]).float(), coded[name + ":codes"].float())
             assert torch.equal(torch.cat([one.factors for one in own]), coded[name + ":factors"])
             seen += 1
+    assert not plan.regrouped(0) and plan_of(NARROW, Parallel(), 1).regrouped(0) == [
+        f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(2)
+    ]
     assert seen == 2 * 2 * 4  # of both ranks' layers: attention in and out, experts in and out
 
 
@@ -140,15 +145,9 @@ def test_blocks_cut_between_ranks_are_refused_with_what_works(changes, degrees, 
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_activations_are_rounded_as_vllm_rounds_them():
-    """Against vLLM's own quantiser; groups below 1/512 it scales otherwise here than on a GPU."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, scaled_dequantize
-
-    x = torch.randn(40, 384, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 40)[:, None]
-    with set_current_vllm_config(VllmConfig()):
-        codes, scales = QuantFP8(False, GroupShape(1, 128)).forward_native(x)
-    assert torch.equal(vllm_fp8.rounded(x), scaled_dequantize(codes, scales, GroupShape(1, 128)))
-    tiny = vllm_fp8.rounded(x * 1e-6)
-    assert ((tiny - x * 1e-6).abs() <= x.abs() * 1e-6 / 16 + 1e-9).all()
+def test_models_that_vllm_has_no_such_layers_for_are_refused():
+    for changes in (dict(family="gpt_oss"), dict(family="deepseek_v3", kv_lora_rank=512)):
+        with pytest.raises(BadInput, match=f"not for {changes['family']}; set rollout.fp8: none"):
+            plan_of(replace(SPEC, **changes), Parallel(), 1)
+    with pytest.raises(BadInput, match="no layer of 2 is left in FP8"):
+        plan_of(SPEC, Parallel(), 1, fp8_skip_first=1, fp8_skip_last=1)
