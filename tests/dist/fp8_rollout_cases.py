@@ -79,7 +79,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
         return found
 
     out: dict[str, Any] = {"refused": refused, "unsynced": check()}
-    out["rounding"] = _rounding(engine.vllm_config)
+    out |= {"rounding": _rounding(engine.vllm_config), "as_loaded": _as_loaded()}
     report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": weight_sync.plan.bytes, "written": report.traffic.written, "reload": engine.reload_reason}
     out |= {"synced": check(), "sums": sums(), "codes": _same_codes(stream_hf, policy, mesh, engine, Product, recipe_of)}
@@ -140,6 +140,33 @@ def _rounding(vllm_config: Any) -> list[bool]:
     small = x * 1e-6
     near = (vllm_fp8.rounded(small) - small).abs() <= small.abs() / 16 + small.abs().amax(1, keepdim=True) / 448 / 512
     return [torch.equal(vllm_fp8.rounded(x), scaled_dequantize(codes, scales, GroupShape(1, 128))), bool(near.all())]
+
+
+def _as_loaded() -> dict[str, bool]:
+    """Whether vLLM's kernels for GPUs that codes are written for in place leave parameters as they are loaded."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cutlass, triton
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+    from vllm.model_executor.layers.fused_moe.oracle import fp8
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_weight_block_strategy
+
+    from megarl.platform import vllm_fp8
+
+    weights = [torch.zeros(2, 256, 128).to(torch.float8_e4m3fn), torch.zeros(2, 128, 128).to(torch.float8_e4m3fn)]
+    factors = [torch.ones(2, 2, 1), torch.ones(2, 1, 1)]
+    layer = torch.nn.Module()
+    layer.weight_block_size = [128, 128]
+    found = fp8.convert_to_fp8_moe_kernel_format(fp8.Fp8MoeBackend.TRITON, layer, *weights, *factors, None, None)
+    kernels = [cutlass.CutlassFp8BlockScaledMMKernel, triton.TritonFp8BlockScaledMMKernel]
+    experts = fp8.backend_to_kernel_cls(fp8.Fp8MoeBackend.TRITON)
+    named = {kernel.__name__ for kernel in [*kernels, *experts]}
+    prepare = Fp8BlockScaledMMLinearKernel.process_weights_after_loading
+    prepared = process_fp8_weight_block_strategy(weights[0][0], factors[0][0])
+    return {
+        "named": named == {name for name in vllm_fp8.READ_AS_LOADED if not name.startswith("AnyCPU")},
+        "linears": all(kernel.process_weights_after_loading is prepare for kernel in kernels),
+        "prepared": all(torch.equal(a.float(), b[0].float()) for a, b in zip(prepared, (weights[0], factors[0]))),
+        "experts": all(a is b for a, b in zip(found, [*weights, *factors], strict=True)),
+    }
 
 
 def _refusal(start: Any) -> str:

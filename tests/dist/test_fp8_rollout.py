@@ -37,6 +37,11 @@ def test_activations_are_rounded_as_vllm_rounds_them(rank):
     assert rank["rounding"] == [True, True]
 
 
+def test_kernels_that_are_written_into_read_what_was_loaded(rank):
+    """Those of GPUs, by the installed vLLM's sources."""
+    assert rank["as_loaded"] == dict(named=True, linears=True, prepared=True, experts=True)
+
+
 def test_a_sync_moves_codes_and_factors(rank):
     assert rank["bytes"] == rank["written"]
     attention, experts = (2 * 4 + 2 * 2) * 128 * 256, 4 * 3 * 128 * 256
