@@ -10,6 +10,7 @@ sides multiply with the same numbers, bit for bit.
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.rules import Region
 from megarl.convert.save import coded_tensors, plain_modules
 from megarl.errors import BadInput
-from megarl.models.fp8 import Quantised, dequantize, quantize
+from megarl.models.fp8 import Quantised, quantize
 from megarl.models.spec import ModelSpec
 from megarl.rollout.engine_shards import EXPERT, Box, EngineDegrees
 from megarl.rollout.names import layer_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 CODES, FACTORS = ":codes", ":factors"  # of a parameter's name: what a sync sends in place of it
+AT_ONCE = 1 << 24  # elements quantised at once
 KEPT_PARAMETERS = 8  # whose codes are kept, a layer's and some of the next one's
 
 
@@ -87,12 +89,13 @@ class Fp8Weights:
         return Fp8Blocks((BLOCK, BLOCK)).config(plain_modules(self.spec, self.coded, {}))
 
     def quantise(self, weight: Tensor) -> Quantised:
-        """[N, K] in blocks."""
-        return quantize(weight, (BLOCK, BLOCK), power_of_two=self.power_of_two)
-
-    def round(self, weight: Tensor) -> Tensor:
-        """[N, K]: the numbers that the codes of a weight stand for."""
-        return dequantize(self.quantise(weight)).to(weight.dtype)
+        """[N, K] in blocks. Some rows at a time, since the way there takes several times the memory of the codes."""
+        rows = max(1, AT_ONCE // (BLOCK * weight.shape[1])) * BLOCK
+        tile = BLOCK, BLOCK
+        parts = [quantize(part, tile, power_of_two=self.power_of_two) for part in weight.split(rows)]
+        if len(parts) == 1:
+            return parts[0]
+        return Quantised(torch.cat([part.codes for part in parts]), torch.cat([part.factors for part in parts]), tile)
 
     def with_factors(self, hosted: Mapping[str, Box]) -> dict[str, Box]:
         """What an engine rank hosts, with the factors of what is coded."""
@@ -115,22 +118,19 @@ class Fp8Weights:
 
     def check(self, degrees: EngineDegrees) -> None:
         """Raises BadInput, naming what works, when an engine of these degrees would cut a block."""
-        for tp in range(degrees.tensor, 0, -1):
-            others = replace(degrees, tensor=tp) if degrees.tensor % tp == 0 else None
-            if others is not None and self._cut(others) is None:
-                break
-        else:
-            tp = 0
         found = self._cut(degrees)
-        if found is not None:
-            name, rows, columns = found
-            instead = f"lower rollout.tensor_parallel to {tp}" if tp else "set rollout.fp8: none"
-            if EXPERT.search(name) and tp and not degrees.experts:
-                instead += " or set rollout.expert_parallel: true"
-            raise BadInput(
-                f"rollout.fp8 = 'blockwise': {name} is {rows} x {columns} on a rank of the engine, and blocks are {BLOCK} x "
-                f"{BLOCK}; {instead}"
-            )
+        if found is None:
+            return
+        divisors = (tp for tp in range(degrees.tensor - 1, 0, -1) if degrees.tensor % tp == 0)
+        tp = next((tp for tp in divisors if self._cut(replace(degrees, tensor=tp)) is None), None)
+        name, rows, columns = found
+        instead = f"lower rollout.tensor_parallel to {tp}" if tp else "set rollout.fp8: none"
+        if EXPERT.search(name) and tp and not degrees.experts:
+            instead += " or set rollout.expert_parallel: true"
+        raise BadInput(
+            f"rollout.fp8 = 'blockwise': {name} is {rows} x {columns} on a rank of the engine, and blocks are {BLOCK} x "
+            f"{BLOCK}; {instead}"
+        )
 
     def _cut(self, degrees: EngineDegrees) -> tuple[str, int, int] | None:
         """A coded tensor that a rank hosts a part of that is not whole blocks, and the part's size."""
@@ -157,7 +157,7 @@ class BlockedParameter:
     @classmethod
     def of(cls, shape: tuple[int, ...], regions: list[Region]) -> BlockedParameter:
         """Raises BadInput when a rank of the learner holds a part of a block."""
-        rows, columns = _product(shape[:-1]), shape[-1]
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         places = [_rows(region, shape) for region in regions]
         order = None
         if any(start % BLOCK or stop % BLOCK for start, stop in places):
@@ -183,10 +183,6 @@ class BlockedParameter:
     def matrix(self, parameter: Tensor) -> Tensor:
         flat = parameter.flatten(0, -2)
         return flat if self.order is None else torch.cat([flat[start:stop] for start, stop in self.order])
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    return functools.reduce(int.__mul__, numbers, 1)
 
 
 def _rows(region: Region, shape: tuple[int, ...]) -> tuple[int, int]:

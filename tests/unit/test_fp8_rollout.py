@@ -14,6 +14,7 @@ from megarl.convert.load import family
 from megarl.errors import BadInput
 from megarl.models.fp8 import Product, recipe_of
 from megarl.models.generate import spec_of
+from megarl.rollout import fp8_weights
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.exchange import values_of
 from megarl.rollout.fp8_weights import Coded, Fp8Weights
@@ -62,8 +63,11 @@ def parameters_of(plan, rank, tensors):
         (DENSE, Parallel(tp=2), 2, EngineDegrees()),
     ],
 )
-def test_every_engine_rank_gets_the_blocks_of_the_whole_tensors(spec, parallel, world, degrees, power_of_two):
-    """As an export of the whole model writes them, for scales that are no powers of two."""
+def test_every_engine_rank_gets_the_blocks_of_the_whole_tensors(
+    spec, parallel, world, degrees, power_of_two, monkeypatch
+):
+    """As an export of the whole model writes them, for scales that are no powers of two; quantised in several goes."""
+    monkeypatch.setattr(fp8_weights, "AT_ONCE", 3 * 128 * 256)
     plan, tensors = plan_of(spec, parallel, world, degrees, fp8_power_of_two=power_of_two), tensors_of(spec)
     held = [Coded(parameters_of(plan, rank, tensors), plan, rank) for rank in range(world)]
     expected = {}

@@ -75,7 +75,7 @@ def line(learner: str, rollout: str, correction: str, rows: list[dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-steps", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench" / "fp8_rollout")
     arguments = parser.parse_args()
     start = warm_start(arguments.folder, arguments.sft_steps)
