@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from megarl.data.packing import pack
 from megarl.learner.policy import Policy
-from megarl.models.fp8 import RECIPES, GroupedProduct, Product, Quantised, Role
+from megarl.models.fp8 import RECIPES, GroupedProduct, Product, Role
 from megarl.models.layers.fp8_layers import multiplying
 from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.types import Batch
@@ -28,8 +30,8 @@ def probe_log_probs(policy: Policy, probes: list[list[int]], fp8: Fp8Weights | N
     tokens = torch.tensor([token for probe in probes for token in probe])
     batch = Batch(tokens, lengths, torch.ones(len(tokens)))
     packed = [pack(batch, range(len(probes)), policy.layout)] * policy.layout.count_multiple
-    layers = range(0) if fp8 is None else fp8.layers
-    with multiplying(policy.modules, functools.partial(_product, fp8), layers):
+    layers, power_of_two = (range(0), False) if fp8 is None else (fp8.layers, fp8.power_of_two)
+    with multiplying(policy.modules, functools.partial(_product, power_of_two), layers):
         log_probs, _entropy = policy.log_probs(packed, temperature=1.0)
     flat = torch.zeros(len(tokens), dtype=log_probs[0].dtype if log_probs else torch.float32)
     mine = (packed[0].owned, log_probs[0][packed[0].owned]) if log_probs else None
@@ -42,17 +44,17 @@ def probe_log_probs(policy: Policy, probes: list[list[int]], fp8: Fp8Weights | N
 class _EngineProduct(Product):
     """As an engine in block-wise FP8 multiplies: scales of activations are never powers of two."""
 
-    def __init__(self, fp8: Fp8Weights) -> None:
+    def __init__(self, power_of_two: bool) -> None:
         super().__init__(RECIPES["blockwise"])
-        self._fp8 = fp8
+        self._weights = Product(replace(self.recipe, power_of_two=power_of_two))
 
-    def operand(self, x: Tensor, role: Role, record: bool) -> Quantised:
-        return self._fp8.quantise(x) if role == "weight" else super().operand(x, role, record)
+    def operand(self, x: Tensor, role: Role, record: bool) -> Any:
+        return (self._weights if role == "weight" else super()).operand(x, role, record)
 
 
-def _product(fp8: Fp8Weights, experts: int) -> Product | GroupedProduct:
+def _product(power_of_two: bool, experts: int) -> Product | GroupedProduct:
     if not experts:
-        return _EngineProduct(fp8)
+        return _EngineProduct(power_of_two)
     grouped = GroupedProduct(RECIPES["blockwise"], experts)
-    grouped.products = [_EngineProduct(fp8) for _ in range(experts)]
+    grouped.products = [_EngineProduct(power_of_two) for _ in range(experts)]
     return grouped

@@ -112,17 +112,20 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
 
 
 def _same_codes(stream_hf: Any, policy: Any, mesh: Any, engine: Any, product: Any, recipe_of: Any) -> dict[str, int]:
-    """Tensors that the engine has the codes and factors of which the learner's products in FP8 multiply with."""
+    """Of how many tensors the engine has the numbers that the learner's products in FP8 multiply with."""
+    from megarl.models.fp8 import Quantised, dequantize
+
     model = Model(path="", fp8="blockwise", fp8_power_of_two=engine.fp8.power_of_two)
     operand, found = product(recipe_of(model)).operand, {"same": 0, "other": 0}
     for name, tensor in stream_hf(policy.modules, policy.spec, mesh):
         hosted = engine.hosted_weight(name)
         if hosted is None or name not in engine.fp8.coded:
             continue
-        (box, codes), (blocks, factors) = hosted, engine.hosted_weight(f"{name}_scale_inv")
+        (box, codes), (_, factors) = hosted, engine.hosted_weight(f"{name}_scale_inv")
         own = operand(tensor, "weight", False)
-        same = torch.equal(own.codes[box].view(torch.uint8), codes.contiguous().view(torch.uint8))
-        found["same" if same and torch.equal(own.factors[blocks], factors) else "other"] += 1
+        own = dequantize(own) if isinstance(own, Quantised) else own
+        same = torch.equal(own[box].float(), dequantize(Quantised(codes, factors, (128, 128))))
+        found["same" if same else "other"] += 1
     return found
 
 

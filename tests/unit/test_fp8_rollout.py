@@ -12,7 +12,7 @@ from megarl.config.schema import Generate, Model, Parallel, Rollout
 from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.load import family
 from megarl.errors import BadInput
-from megarl.models.fp8 import Product, recipe_of
+from megarl.models.fp8 import Product, Quantised, dequantize, recipe_of
 from megarl.models.generate import spec_of
 from megarl.rollout import fp8_weights
 from megarl.rollout.engine_shards import EngineDegrees
@@ -93,6 +93,11 @@ def test_every_engine_rank_gets_the_blocks_of_the_whole_tensors(
             assert torch.equal(hosted[name], expected[name][box]), name
 
 
+def numbers(operand):
+    """What a product multiplies."""
+    return dequantize(operand) if isinstance(operand, Quantised) else operand
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_codes_are_those_that_a_learner_in_fp8_multiplies_with(power_of_two):
     model = dict(fp8="blockwise", fp8_power_of_two=power_of_two)
@@ -105,9 +110,9 @@ def test_codes_are_those_that_a_learner_in_fp8_multiplies_with(power_of_two):
             if plan.blocked(name, rank) is None:
                 continue
             matrices = parameter[None] if parameter.dim() == 2 else parameter.flatten(1, -2)  # of experts, one by one
-            own = [product.operand(matrix, "weight", False) for matrix in matrices]
-            assert torch.equal(torch.cat([one.codes for one in own]).float(), coded[name + ":codes"].float())
-            assert torch.equal(torch.cat([one.factors for one in own]), coded[name + ":factors"])
+            own = torch.cat([numbers(product.operand(matrix, "weight", False)) for matrix in matrices])
+            sent = dequantize(Quantised(coded[name + ":codes"], coded[name + ":factors"], (128, 128)))
+            assert torch.equal(own, sent) and not torch.equal(own, parameter.flatten(0, -2))
             seen += 1
     assert not plan.regrouped(0) and plan_of(NARROW, Parallel(), 1).regrouped(0) == [
         f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(2)

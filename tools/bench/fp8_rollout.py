@@ -37,7 +37,7 @@ def warm_start(folder: Path, steps: int) -> Path:
     if not (out / "model.safetensors").exists():
         shape = [f"model.generate.{key}={value}" for key, value in MODEL.items()]
         shape += [f"model.path={folder / 'model'}", "parallel={nproc: 1}", "checkpoint.every=0", "log.tensorboard=false"]
-        megarl("sft", str(CONFIG), f"run_dir={run_dir}", "resume=auto", f"sft.steps={steps}", "sft.batch_size=128", *shape)
+        megarl("sft", str(CONFIG), f"run_dir={run_dir}", "resume=auto", f"sft.steps={steps}", "sft.batch_size=48", *shape)
     return out
 
 
@@ -51,7 +51,7 @@ def train(folder: Path, start: Path, learner: str, rollout: str, correction: str
             "train", str(CONFIG), f"run_dir={run_dir}", "resume=auto", "rl.init_from=model", f"model.path={start}",
             "model.generate=none", "model.dtype=bfloat16", f"model.fp8={PRECISIONS[learner]}",
             f"rollout.fp8={PRECISIONS[rollout]}", f"rl.algorithm={algorithm}", f"rl.steps={steps}", "eval.data=[]",
-            "eval.every=0", "rl.optimizer_steps_per_rollout=2", "rl.prompts_per_step=16", "parallel={nproc: 1}",
+            "eval.every=0", "rl.optimizer_steps_per_rollout=2", "rl.prompts_per_step=8", "parallel={nproc: 1}",
             "log.routing_tokens=256", "log.tensorboard=false", "log.rollouts_every=0", "rollout.sync_check=full",
         )  # fmt: skip
     rows = [json.loads(line) for line in (run_dir / "rl" / "metrics.jsonl").read_text().splitlines()]
@@ -74,7 +74,7 @@ def line(learner: str, rollout: str, correction: str, rows: list[dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--sft-steps", type=int, default=40)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench" / "fp8_rollout")
     arguments = parser.parse_args()
