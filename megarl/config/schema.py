@@ -403,8 +403,8 @@ class Rollout(Section):
     max_context: Positive | None = None
     """Longest prompt + response the engine accepts; none: the model's context."""
     sync_threshold: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16, or
-    1e-3 and 5e-2 of an engine in FP8."""
+    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16
+    or the engine FP8 (the learner then rounds the probes as the engine does; `sync_check: full` sees every bit)."""
     sync_check: Literal["probe", "full", "none"] = "probe"
     """How a weight sync is checked: probe compares both engines' log-probs of fixed sequences, full also a checksum of every
     tensor (several times the sync itself), none nothing."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 
 from megarl import platform
 from megarl.config.schema import Config, Model, Parallel, Rollout
 from megarl.errors import BadInput, RunFailed
-from tests.dist.vllm_cases import CONTEXT, prompts
+from tests.dist.vllm_cases import CONTEXT
 
 SHAPE = dict(
     hidden_size=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=128, num_experts=4, moe_intermediate_size=128
 )
-Q, DOWN, ROUTER = (
-    f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.experts.3.down_proj", "mlp.gate")
-)
+Q, DOWN = (f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.experts.3.down_proj"))
 
 
 def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout: dict[str, Any] = {}, **degrees) -> dict:
@@ -31,7 +30,6 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     from megarl.learner.probes import probe_log_probs
     from megarl.models.fp8 import Product, recipe_of
     from megarl.parallel import Mesh
-    from megarl.rollout.engine import Sampling
     from megarl.rollout.fp8_weights import Fp8Weights
     from megarl.rollout.vllm_engine import VLLMEngine
     from megarl.rollout.weight_sync import (
@@ -52,7 +50,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     refused = _refusal(start)
     engine = start(dtype)
     weight_sync = WeightSync(policy.spec, parallel, mesh, engine)
-    probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
+    probes = make_probes(policy.spec.vocab_size, 3, engine.probe_length)
 
     def check() -> list[float] | str:
         engine.reset_prefix_cache()  # what an earlier check left
@@ -78,7 +76,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
         engine.load_weights(weight_sync.stream(policy.modules), 7)
         return found
 
-    out: dict[str, Any] = {"refused": refused, "unsynced": check()}
+    out: dict[str, Any] = {"refused": refused}
     out |= {"rounding": _rounding(engine.vllm_config), "as_loaded": _as_loaded()}
     report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": weight_sync.plan.bytes, "written": report.traffic.written, "reload": engine.reload_reason}
@@ -86,28 +84,19 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     engine.reset_prefix_cache()
     plain = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     out["plain_learner"] = [plain.mean, plain.median]
-    groups = engine.generate(prompts(4), Sampling(2, 12, 1.0), 1)
-    rows = [row for group in groups for row in group.trajectories]
-    scored = engine.score([row.prompt_ids + row.response_ids for row in rows])
-    out["sampled"] = max(
-        float(abs(a[len(row.prompt_ids) :] - row.rollout_log_probs).max()) for a, row in zip(scored, rows, strict=True)
-    )
+    scores = engine.score(probes)
+    plain_sync, reason = engine._direct, engine.reload_reason
+    engine._direct, engine.reload_reason = None, "it is asked for"
+    whole = WeightSync(policy.spec, parallel, mesh, engine)
+    whole.run(policy.modules, 6)
+    out["reloaded"] = max(float(np.abs(a - b).max()) for a, b in zip(engine.score(probes), scores, strict=True))
+    engine._direct, engine.reload_reason = plain_sync, reason
     out["factors"] = broken(lambda weights: weights[f"{DOWN}_scale_inv"].mul_(4))
     out["codes_moved"] = broken(lambda weights: weights.update({Q: weights[Q].view(torch.uint8).roll(1, 0).view(weights[Q].dtype)}))
-    out["router"] = broken(lambda weights: weights.update({ROUTER: weights[ROUTER].roll(1, 0)}))
-    out["mended"] = check()
     for chunk in policy.modules:
         for parameter in chunk.parameters():
             parameter.data.mul_(1.1)
     out["stale"] = [check(), sums()]
-    engine._direct, reason = None, engine.reload_reason
-    engine.reload_reason = "it is asked for"
-    try:
-        whole = WeightSync(policy.spec, parallel, mesh, engine)
-        whole.run(policy.modules, 8)
-        out["reloaded"] = check()
-    finally:
-        engine.reload_reason = reason
     return out
 
 
