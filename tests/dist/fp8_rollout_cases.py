@@ -84,6 +84,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     engine.reset_prefix_cache()
     plain = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     out["plain_learner"] = [plain.mean, plain.median]
+    engine.reset_prefix_cache()
     scores = engine.score(probes)
     plain_sync, reason = engine._direct, engine.reload_reason
     engine._direct, engine.reload_reason = None, "it is asked for"

@@ -18,7 +18,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rank(path):
-    return run_ranks(SYNC, 1, path, timeout=300, model=dict(fp8="blockwise", fp8_power_of_two=True))[0]
+    return run_ranks(SYNC, 1, path, timeout=900, model=dict(fp8="blockwise", fp8_power_of_two=True))[0]
 
 
 def test_learner_and_engine_round_alike(rank):
@@ -76,7 +76,7 @@ def test_a_precision_that_vllm_has_no_fp8_layers_beside_is_refused(rank):
 @pytest.mark.slow
 def test_experts_of_one_rank_each_and_split_linears(path):
     """Two ranks: experts of a learner with ep go to an engine that splits everything else."""
-    ranks = run_ranks(SYNC, 2, path, timeout=600, ep=2, rollout=dict(tensor_parallel=2, expert_parallel=True))
+    ranks = run_ranks(SYNC, 2, path, timeout=1200, ep=2, rollout=dict(tensor_parallel=2, expert_parallel=True))
     for rank in ranks:
         assert rank["synced"][0] <= 5e-2 and rank["synced"][2] <= 1e-4
         assert rank["sums"] == "equal" and rank["codes"]["same"] and not rank["codes"]["other"]
@@ -85,6 +85,6 @@ def test_experts_of_one_rank_each_and_split_linears(path):
 
 @pytest.mark.slow
 def test_bfloat16(path):
-    (rank,) = run_ranks(SYNC, 1, path, timeout=600, dtype="bfloat16")
+    (rank,) = run_ranks(SYNC, 1, path, timeout=1200, dtype="bfloat16")
     assert rank["synced"][0] <= 5e-2 and rank["sums"] == "equal" and rank["codes"] == {"same": 32, "other": 0}
     assert rank["reloaded"] == 0 and "experts 3" in rank["factors"][0]
