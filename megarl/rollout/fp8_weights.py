@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megarl import platform
 from megarl.config.schema import Model, Rollout
 from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.rules import Region
@@ -226,7 +227,7 @@ class Coded(Mapping[str, Tensor]):
         if not kind:
             return self._parameters[name]
         if base not in self._made:
-            matrix = self._plan.blocked(base, self._rank).matrix(self._parameters[base])
+            matrix = self._plan.blocked(base, self._rank).matrix(self._parameters[base].to(platform.device()))
             self._made[base] = self._plan.fp8.quantise(matrix)
             if len(self._made) > KEPT_PARAMETERS:
                 self._made.popitem(last=False)

@@ -117,7 +117,9 @@ class RLTrainer:
         spec = self.policy.spec
         self.fp8 = Fp8Weights.of(spec, cfg.model, cfg.rollout)
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, False, self.fp8)
+            self.engine = VLLMEngine(
+                self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=self.fp8
+            )
         self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_report: SyncReport | None = None

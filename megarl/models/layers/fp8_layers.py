@@ -108,17 +108,6 @@ class FP8Layers:
                 advance(buffer)
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """In the block products are those without FP8."""
-        for weight, _product in self._weights:
-            del weight.product
-        try:
-            yield
-        finally:
-            for weight, product in self._weights:
-                weight.product = product
-
-    @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
         """Passes without a gradient count for the scales of `delayed` too."""
         for product in self._products:
