@@ -43,7 +43,8 @@ class Exchange:
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
         self.mapped: Mapped | None = None
-        self.is_mappable = len(self.shared.windows) == mesh.world_size
+        # codes of FP8 are made anew in every sync
+        self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
 
     def blocks(self, held: Mapping[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
@@ -66,7 +67,7 @@ class Exchange:
                 works = self._post(number + 1, held)
         self._settle(0), self._settle(1)
 
-    def _map(self, held: dict[str, Tensor]) -> bool:
+    def _map(self, held: Mapping[str, Tensor]) -> bool:
         """Whether parameters can be read where they are; those that others need then lie in memory that they map.
 
         Their storages move there in the first sync, one after another.
@@ -83,7 +84,7 @@ class Exchange:
         others = (runs for block in self.schedule for rank, runs in block.outgoing.items() if rank != self.mesh.rank)
         return {run.first.entry.source for runs in others for run in runs}
 
-    def _in_place(self, held: dict[str, Tensor]) -> Iterator[Moved]:
+    def _in_place(self, held: Mapping[str, Tensor]) -> Iterator[Moved]:
         """`blocks` of what this rank and the others hold, which nobody changes meanwhile."""
         mine = self.mesh.rank
         receivers = {rank for block in self.schedule for rank in block.outgoing} - {mine}
