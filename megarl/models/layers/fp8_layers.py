@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,17 +110,6 @@ class FP8Layers:
                 advance(buffer)
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """In the block products are those without FP8."""
-        for weight, _product in self._weights:
-            del weight.product
-        try:
-            yield
-        finally:
-            for weight, product in self._weights:
-                weight.product = product
-
-    @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
         """Passes without a gradient count for the scales of `delayed` too."""
         for product in self._products:
@@ -130,6 +119,30 @@ class FP8Layers:
         finally:
             for product in self._products:
                 product.calibrating = False
+
+
+@contextlib.contextmanager
+def multiplying(chunks: Sequence[nn.Module], product: Callable[[int], Any], layers: range) -> Iterator[None]:
+    """In the block the weights of these layers multiply by products of `product(experts)`, 0 experts for a linear, and
+    all others without FP8."""
+    found = [
+        (weight, layer.layer_number - 1, isinstance(module, GroupedExperts))
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        for name, module in layer.named_modules()
+        for weight in _weights(name, module).values()
+    ]
+    before = [weight.__dict__.pop("product", None) for weight, _, _ in found]
+    for weight, layer, grouped in found:
+        if layer in layers:
+            weight.product = product(len(weight) if grouped else 0)
+    try:
+        yield
+    finally:
+        for (weight, _, _), former in zip(found, before, strict=True):
+            weight.__dict__.pop("product", None)
+            if former is not None:
+                weight.product = former
 
 
 class _Padding:
