@@ -69,7 +69,8 @@ def set_threads(count: int | None = None) -> None:
 
 
 def device_memory() -> dict[str, float]:
-    """GiB on this rank's device and host: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated`."""
+    """GiB on this rank's host and device: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated` by PyTorch, and
+    what is `used` of the device by anybody."""
     return _module().device_memory()
 
 

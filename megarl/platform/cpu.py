@@ -136,6 +136,7 @@ class Event:
     """What a stream records: it has always happened."""
 
     def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
 
 
 class Generators:

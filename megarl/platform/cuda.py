@@ -25,7 +25,9 @@ def set_device(local_rank: int) -> None:
 
 
 def device_memory() -> dict[str, float]:
+    free, total = torch.cuda.mem_get_info()
     return host_memory() | {
+        "used": (total - free) / GIB,
         "allocated": torch.cuda.memory_allocated() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
     }

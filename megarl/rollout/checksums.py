@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megarl.convert.load import matched
 from megarl.rollout.engine_shards import Box
 from megarl.rollout.exchange import values_of
 from megarl.rollout.sync_plan import Piece, SyncEntry
@@ -50,7 +49,7 @@ def differing_tensors(sync: WeightSync, chunks: list[nn.Module]) -> list[str]:
 
 def _sent(sync: WeightSync, chunks: list[nn.Module]) -> dict[int, dict[str, int]]:
     """Receiver -> tensor -> the sum of what this rank gives it."""
-    held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, sync.plan.spec).items()}
+    held = sync.held(chunks)
     out: dict[int, dict[str, int]] = {}
     for block in sync.exchange.schedule:
         own = {sync.mesh.rank: block.incoming.get(sync.mesh.rank, [])}

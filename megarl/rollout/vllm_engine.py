@@ -317,12 +317,16 @@ class VLLMEngine:
         return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
     def sleep(self, level: int = 1) -> None:
-        if self.capabilities.sleep:
-            self._llm.sleep(level)
+        self._llm.sleep(level)
 
     def wake(self, tags: list[str] | None = None) -> None:
-        if self.capabilities.sleep:
-            self._llm.wake_up(tags)
+        self._llm.wake_up(tags)
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        weights, cache = vllm_patches.memory(self._runner)
+        if self._direct is not None:
+            weights = weights[0], weights[1] + self._direct.hidden_bytes()
+        return {"weights": weights, "kv_cache": cache}
 
     @property
     def rng_state(self) -> dict[str, Any]:
