@@ -115,6 +115,10 @@ def _read_config_json(file: Path) -> dict[str, Any]:
 def _check_software(config: Config, require: Command | None) -> None:
     if config.model.dtype == "float64" and require in ("rl", "eval", "sync", "routing"):
         raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
+    if config.model.dtype == "float64" and config.model.head_dtype is not None:
+        raise BadInput(
+            f"model.head_dtype = {config.model.head_dtype!r}: below model.dtype = 'float64'; set model.head_dtype: none"
+        )
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:

@@ -119,6 +119,9 @@ class Model(Section):
     """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
     router_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the router's matrix product and softmax."""
+    head_dtype: Literal["float32"] | None = None
+    """Precision of the output layer's product, in the learner and in vLLM; none: `dtype`. For bfloat16 models: their logits
+    have 8 bits otherwise."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 recipe of the layers' matrix products in the learner; embeddings, routers, attention scores and the output layer
     stay in `dtype`. Rounded to FP8 and multiplied in float32 where the chip has no FP8 product of the kind."""

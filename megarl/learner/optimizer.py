@@ -21,6 +21,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
+HYBRID = {"cpu_optimizer_cls", "gpu_optimizer_cls", "offload_fraction", "param_update_in_fp32", "pin_cpu_grads"}
+HYBRID |= {"pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d", "bias_correction"}  # settings of the hybrid optimizer
+
 
 def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
     """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16.
@@ -59,9 +62,13 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
     )
     with torch.no_grad():  # shards of float32 parameters are then leaves, which the hybrid optimizer insists on
         optimizer = _muon(config, chunks) if settings.type == "muon" else get_megatron_optimizer(config, chunks)
+    for hybrid in _hybrid_optimizers(optimizer):
+        for group in hybrid.param_groups:  # a checkpoint's groups are those of any Adam, and hold no classes
+            for name in HYBRID & group.keys():
+                del group[name]
     for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            group |= WAYS.get(kind, {})
+        inner.defaults |= WAYS.get(kind, {})
+    _set_ways(optimizer)
     return optimizer
 
 
@@ -167,8 +174,15 @@ def init_state(optimizer: Any) -> None:
         hybrid._sync_sub_optimizers_state_to_hdo()
 
 
+def _set_ways(optimizer: Any) -> None:
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group |= {name: inner.defaults[name] for name in WAYS["fused"]}
+
+
 def after_loading(optimizer: Any) -> None:
-    """Settle what loading a checkpoint leaves: one step count per parameter, and the hybrid optimizer's copies.
+    """Settle what loading a checkpoint leaves: one step count per parameter, the hybrid optimizer's copies, and PyTorch's
+    way of computing Adam, which is that of this run.
 
     Megatron puts the same tensor into every parameter's state; torch's Adam would count it up once per parameter.
     """
@@ -176,6 +190,7 @@ def after_loading(optimizer: Any) -> None:
         hybrid._sync_hdo_state_to_sub_optimizers()
     for inner, p in _torch_parameters(optimizer):
         inner.state[p]["step"] = inner.state[p]["step"].clone()
+    _set_ways(optimizer)
 
 
 def state_tensors(optimizer: Any) -> Iterator[torch.Tensor]:

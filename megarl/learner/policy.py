@@ -92,6 +92,7 @@ class Policy:
         self.layout = batch_layout(spec, cfg, mesh)  # what the micro-batches of this model must be packed for
         self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         self.dtype = DTYPES[cfg.model.dtype]
+        self.head_dtype = DTYPES[cfg.model.head_dtype] if cfg.model.head_dtype else None
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
@@ -378,7 +379,7 @@ class Policy:
         tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
         index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
         found = linear_log_probs(
-            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            out[0, rows[index]].to(self.head_dtype or weight.dtype),  # Megatron's wrapper made float32 of bfloat16
             weight,
             tokens[index],
             self.spec.vocab_size,

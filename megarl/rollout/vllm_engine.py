@@ -62,6 +62,7 @@ class VLLMEngine:
         seed: int,
         mesh: Mesh,
         load: bool = True,
+        head_dtype: str | None = None,
     ) -> None:
         degree, ranks = rollout_cfg.tensor_parallel, rollout_cfg.tensor_parallel * rollout_cfg.data_parallel
         if mesh.world_size % ranks:
@@ -76,7 +77,7 @@ class VLLMEngine:
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
-            self._llm = self._start(model_path, dtype, load)
+            self._llm = self._start(model_path, dtype, load, head_dtype)
         vllm_patches.after_start(self._runner)
         if rollout_cfg.routed_experts:
             self._check_record()
@@ -88,7 +89,7 @@ class VLLMEngine:
         self._tokenizer = _tokenizer(model_path)
         self._stop_ids = stop_token_ids(model_path, self._tokenizer)
 
-    def _start(self, model_path: str, dtype: str, load: bool) -> Any:
+    def _start(self, model_path: str, dtype: str, load: bool, head_dtype: str | None) -> Any:
         from vllm import LLM
 
         vllm_patches.install()
@@ -102,7 +103,7 @@ class VLLMEngine:
         try:
             return LLM(
                 model_path,
-                hf_overrides=overrides(spec, read_config(model_path)),
+                hf_overrides=overrides(spec, read_config(model_path), head_dtype),
                 dtype=dtype,
                 seed=self.seed,
                 tensor_parallel_size=cfg.tensor_parallel,

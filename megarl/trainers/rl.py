@@ -118,7 +118,7 @@ class RLTrainer:
         self.turns = Turns(cfg.memory, [self.policy, *([self.critic] if self.critic else [])])
         self.turns.make_room()
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, False, cfg.model.head_dtype)
         self.turns.start(self.engine)
         spec = self.policy.spec
         self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine, self.policy.parked["weights"])

@@ -48,7 +48,7 @@ def verify_routing(cfg: Config) -> None:
     policy = Policy.from_hf(
         path, cfg, mesh, optimizer=Optimizer(), temperature=cfg.rollout.temperature, routing=True
     )
-    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, False, cfg.model.head_dtype)
     WeightSync(policy.spec, cfg.parallel, mesh, engine).run(policy.modules, policy.updates)
     batch = assemble(sample(cfg, policy.spec, mesh, engine), PRESETS["gspo"])
     check = RoutingCheck(cfg, policy, micro_batches(batch, budget(batch, policy.layout), policy.layout))

@@ -37,7 +37,7 @@ def verify_sync(cfg: Config) -> int:
         ensure_checkpoint(cfg.model)
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
-    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, False, cfg.model.head_dtype)
     sync = WeightSync(policy.spec, cfg.parallel, mesh, engine)
     threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
     probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)

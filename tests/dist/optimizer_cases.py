@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ from megarl.checkpoint import Checkpointer
 from megarl.config.schema import Config, Model, Optimizer, Parallel
 from megarl.data.packing import micro_batches
 from megarl.errors import BadInput
+from megarl.learner import optimizer as learner_optimizer
 from megarl.learner.policy import Policy
 from megarl.parallel import Mesh
+from megarl.platform import optimizers
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood
 
 
@@ -71,9 +77,28 @@ class Adam:
             self.weights[name] = w - lr * (m / (v.sqrt() + s.eps) + (decay if decoupled else 0.0) * w)
 
 
-def against_float64(path: str, optimizer: dict[str, Any], dtype: str, steps: int) -> float:
-    """How far the main weights are, after so many steps, from those of `Adam` on the learner's gradients."""
-    policy = make_policy(path, optimizer, dtype)
+def against_float64(path: str, ways: dict[str, dict[str, Any]], dtype: str, steps: int) -> dict[str, list[float]]:
+    """How far each one's main weights are, after so many steps, from those of `Adam` on its gradients, and from the first
+    one's."""
+    out, first, mesh = {}, None, None
+    for name, settings in ways.items():
+        policy = make_policy(path, settings, dtype, mesh)
+        mesh = policy.mesh
+        gradients = _watched(policy)
+        decayed = {name for name, p in policy.modules[0].named_parameters() if p.dim() > 1}
+        adam = Adam(main_weights(policy), decayed, Optimizer(**settings))
+        for _ in range(steps):
+            lr = policy.next_lr()
+            step(policy)
+            adam.step(gradients, lr)
+        found = main_weights(policy)
+        first = first or found
+        out[name] = [distance(found, adam.weights), distance(found, first)]
+    return out
+
+
+def _watched(policy: Policy) -> dict[str, Tensor]:
+    """The gradients of the last step, as they are before clipping."""
     gradients: dict[str, Tensor] = {}
     plain = policy.optimizer.prepare_grads
 
@@ -83,47 +108,103 @@ def against_float64(path: str, optimizer: dict[str, Any], dtype: str, steps: int
         return plain()
 
     policy.optimizer.prepare_grads = prepare
-    decayed = {name for name, p in policy.modules[0].named_parameters() if p.dim() > 1}
-    adam = Adam(main_weights(policy), decayed, Optimizer(**optimizer))
-    for _ in range(steps):
-        lr = policy.next_lr()
-        step(policy)
-        adam.step(gradients, lr)
-    return distance(main_weights(policy), adam.weights)
+    return gradients
 
 
-def apart(path: str, optimizers: dict[str, dict[str, Any]], dtype: str, steps: int) -> dict[str, float]:
-    """How far each one's main weights are from the first one's after so many steps."""
-    found, mesh = {}, None
-    for name, optimizer in optimizers.items():
-        policy = make_policy(path, optimizer, dtype, mesh)
-        mesh = policy.mesh
-        for _ in range(steps):
-            step(policy)
-        found[name] = main_weights(policy)
-    first = next(iter(found.values()))
-    return {name: distance(weights, first) for name, weights in found.items()}
+def resumed(
+    path: str, folder: str, first: dict[str, Any], then: dict[str, Any], dtype: str, kinds: list[str] = ["torch", "torch"]
+) -> dict[str, Any]:
+    """Two steps, a checkpoint and two more; then a new learner that resumes, perhaps with another optimizer.
+
+    The gradient norms of both, how far their main weights are apart, and which of PyTorch's ways the second one goes.
+    """
+    with fused_adam_of(kinds[0]):
+        policy = make_policy(path, first, dtype)
+        checkpointer = Checkpointer(Path(folder), policy.mesh, keep=1)
+        checkpointer.register("policy", policy)
+        step(policy), step(policy)
+        checkpointer.save(2)
+        norms = [step(policy), step(policy)]
+    with fused_adam_of(kinds[1]):
+        other = make_policy(path, then, dtype, policy.mesh)
+        checkpointer = Checkpointer(Path(folder), other.mesh, keep=1)
+        checkpointer.register("policy", other)
+        assert checkpointer.load_latest() == 2
+        again = [step(other), step(other)]
+    ways = {group.get("fused") for part in other.optimizer.chained_optimizers for group in part.optimizer.param_groups}
+    apart = distance(main_weights(other), main_weights(policy))
+    return {"norms": norms, "again": again, "apart": apart, "fused": ways.pop()}
 
 
-def resumed(path: str, folder: str, first: dict[str, Any], then: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Two steps, a checkpoint and two more; then a new learner that resumes, perhaps with another optimizer."""
-    policy = make_policy(path, first, dtype)
-    checkpointer = Checkpointer(Path(folder), policy.mesh, keep=1)
-    checkpointer.register("policy", policy)
-    step(policy), step(policy)
-    checkpointer.save(2)
-    norms = [step(policy), step(policy)]
-    other = make_policy(path, then, dtype, policy.mesh)
-    checkpointer = Checkpointer(Path(folder), other.mesh, keep=1)
-    checkpointer.register("policy", other)
-    assert checkpointer.load_latest() == 2
-    again = [step(other), step(other)]
-    return {"norms": norms, "again": again, "apart": distance(main_weights(other), main_weights(policy))}
+def refusals(path: str) -> dict[str, str]:
+    """What a learner says to Adams that this machine cannot run."""
+    out, mesh = {}, Mesh.build(Parallel(ep=int(os.environ.get("WORLD_SIZE", "1"))))
+    for kind in ("te", "apex"):
+        try:
+            make_policy(path, {"implementation": kind}, mesh=mesh)
+            out[kind] = "nothing was refused"
+        except BadInput as error:
+            out[kind] = str(error)
+    return out
 
 
-def refusal(path: str, optimizer: dict[str, Any]) -> str:
+@contextlib.contextmanager
+def fused_adam_of(kind: str) -> Iterator[None]:
+    """Learners get the FusedAdam of `te` or `apex`, with the pinned release's constructor and a step in PyTorch's operators.
+
+    With another `kind` PyTorch's again. What follows its release is the signature, the names of the state, and that the
+    step count is the group's.
+    """
+    plain = learner_optimizer.adam_implementation, optimizers.fused_adam
+    optimizers._used.clear()
+    if kind in optimizers.FUSED:
+        learner_optimizer.adam_implementation = lambda *_: kind
+        optimizers.fused_adam = _stand_in
     try:
-        make_policy(path, optimizer)
-    except BadInput as error:
-        return str(error)
-    return "nothing was refused"
+        yield
+    finally:
+        learner_optimizer.adam_implementation, optimizers.fused_adam = plain
+        optimizers._used.clear()
+
+
+def _stand_in(kind: str) -> type:
+    table, name = {
+        "te": ("transformer-engine", "transformer_engine.pytorch.optimizers.FusedAdam"),
+        "apex": ("apex", "apex.optimizers.FusedAdam"),
+    }[kind]
+    file = Path(__file__).parents[1] / "signatures" / f"{table}.json"
+    text = json.loads(file.read_text())["names"][name]["__init__"]
+    space: dict[str, Any] = {"torch": torch}
+    exec(f"def init({text}): ...", space)
+    signature = inspect.signature(space["init"])
+
+    class FusedAdam(torch.optim.Optimizer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            super().__init__(given["params"], {k: given[k] for k in ("lr", "bias_correction", "betas", "eps", "weight_decay")})
+            self.decoupled = given["adam_w_mode"]
+            assert given["bias_correction"] and not given["master_weights"] and not given["amsgrad"]
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                t = group["step"] = group.get("step", 0) + 1
+                b1, b2 = group["betas"]
+                for p in (p for p in group["params"] if p.grad is not None):
+                    state, g = self.state[p], p.grad
+                    if not state:
+                        state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    g = g if self.decoupled else g + group["weight_decay"] * p
+                    m = state["exp_avg"].mul_(b1).add_(g, alpha=1 - b1) / (1 - b1**t)
+                    v = state["exp_avg_sq"].mul_(b2).addcmul_(g, g, value=1 - b2) / (1 - b2**t)
+                    decay = group["weight_decay"] * p if self.decoupled else 0.0
+                    p.sub_(group["lr"] * (m / (v.sqrt() + group["eps"]) + decay))
+
+    return FusedAdam
+
+
+def fused_against_float64(path: str, kind: str, optimizer: dict[str, Any], steps: int) -> list[float]:
+    with fused_adam_of(kind):
+        return against_float64(path, {kind: optimizer}, "float32", steps)[kind]
