@@ -62,6 +62,8 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
     )
     with torch.no_grad():  # shards of float32 parameters are then leaves, which the hybrid optimizer insists on
         optimizer = _muon(config, chunks) if settings.type == "muon" else get_megatron_optimizer(config, chunks)
+    for part in _parts(optimizer):  # plain gradient descent has none, and Megatron calls it to load a checkpoint
+        part.init_state_fn = part.init_state_fn or (lambda *_: None)
     for hybrid in _hybrid_optimizers(optimizer):
         for group in hybrid.param_groups:  # a checkpoint's groups are those of any Adam, and hold no classes
             for name in HYBRID & group.keys():

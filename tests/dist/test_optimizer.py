@@ -63,10 +63,9 @@ def two(path, tmp_path_factory):
         settings = dict(path=path, folder=folder, first=ADAM, then=ADAM, dtype="float32", kinds=kinds)
         cases[" then ".join(kinds)] = "resumed", settings
     cases["refused"] = ("refusals", dict(path=path))
-    if HAS_MUON:
-        muon = ADAM | dict(type="muon")
-        folder = str(tmp_path_factory.mktemp("muon"))
-        cases["muon"] = "resumed", dict(path=path, folder=folder, first=muon, then=muon, dtype="float32")
+    for kind in ("sgd", "muon") if HAS_MUON else ("sgd",):
+        own, folder = ADAM | dict(type=kind), str(tmp_path_factory.mktemp(kind))
+        cases[kind] = "resumed", dict(path=path, folder=folder, first=own, then=own, dtype="float32")
     return run_in_turn(CASES, 2, cases)
 
 
@@ -118,7 +117,13 @@ def test_kernels_for_cuda_are_refused_without_it(two):
             assert "\n" not in rank[kind]
 
 
-@pytest.mark.skipif(not HAS_MUON, reason="emerging_optimizers, which megatron-core's Muon needs, is not installed")
-def test_muon_continues_its_checkpoint(two):
-    for rank in two["muon"]:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sgd",
+        pytest.param("muon", marks=pytest.mark.skipif(not HAS_MUON, reason="Muon needs emerging_optimizers")),
+    ],
+)
+def test_other_optimizers_continue_their_checkpoints(two, kind):
+    for rank in two[kind]:
         assert rank["again"] == rank["norms"] and rank["apart"] == 0.0
