@@ -136,6 +136,51 @@ def resumed(
     return {"norms": norms, "again": again, "apart": apart, "fused": ways.pop()}
 
 
+def parked(path: str, optimizer: dict[str, Any], dtype: str, kind: str = "torch") -> dict[str, Any]:
+    """Two learners, of which one leaves the device, which here is the host too, between its steps."""
+    from megarl.learner import host_parked
+
+    norms, found, mesh, out = [], [], None, {}
+    with fused_adam_of(kind):
+        for leaves in (False, True):
+            policy = make_policy(path, optimizer, dtype, mesh)
+            mesh = policy.mesh
+            own = [step(policy)]
+            if leaves:
+                before = _contents(policy)
+                is_on_host, host_parked._is_on_host = host_parked._is_on_host, lambda storage: False
+                for one in policy.parked.values():
+                    one.park()
+                out["left"] = {owner: sum(s.nbytes() for s in found) for owner, found in policy._storages().items()}
+                out["refused"] = _refusal(policy)
+                for one in policy.parked.values():
+                    one.unpark()
+                host_parked._is_on_host = is_on_host
+                after = _contents(policy)
+                out["sizes"] = {owner: sum(map(len, parts)) for owner, parts in after.items()}
+                out["same"] = {owner: before[owner] == after[owner] for owner in ("weights", "optimizer")}
+                out["gradients"] = any(any(part) for part in after["gradients"])
+            own.append(step(policy))
+            norms.append(own)
+            found.append(main_weights(policy))
+    return out | {"norms": norms, "apart": distance(*found)}
+
+
+def _contents(policy: Policy) -> dict[str, list[bytes]]:
+    """Owner -> the bytes of each of its storages."""
+    from megarl.learner.host_parked import _bytes
+
+    return {owner: [_bytes(one).numpy().tobytes() for one in found] for owner, found in policy._storages().items()}
+
+
+def _refusal(policy: Policy) -> str:
+    try:
+        step(policy)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was refused"
+
+
 def refusals(path: str) -> dict[str, str]:
     """What a learner says to Adams that this machine cannot run."""
     out, mesh = {}, Mesh.build(Parallel(ep=int(os.environ.get("WORLD_SIZE", "1"))))

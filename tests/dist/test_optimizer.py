@@ -19,6 +19,12 @@ RESUMED = [("offloaded", "offloaded", "float32"), ("fused", "offloaded", "float3
            ("offloaded", "offloaded", "bfloat16")]  # fmt: skip
 PACKAGES = ("te", "apex")
 KINDS = [("te", "te"), ("apex", "torch"), ("torch", "te")]  # one's checkpoint, continued by another
+PARKED = {
+    "float32": ({}, "float32", "torch"),  # main weights are the weights: views of Megatron's buffer of parameters
+    "bfloat16": ({}, "bfloat16", "torch"),  # float32 main weights, this rank's shards
+    "offloaded": (dict(cpu_offload=True), "bfloat16", "torch"),  # main weights in the hybrid optimizer
+    "te": ({}, "float32", "te"),
+}
 HAS_MUON = importlib.util.find_spec("emerging_optimizers") is not None
 
 
@@ -45,7 +51,7 @@ def one(path):
     for kind in PACKAGES:
         cases[kind] = "fused_against_float64", dict(path=path, kind=kind, optimizer=ADAM, steps=4)
         cases[f"{kind} L2"] = "fused_against_float64", dict(path=path, kind=kind, optimizer=ADAM | L2, steps=4)
-    return {name: ranks[0] for name, ranks in run_in_turn(CASES, 1, cases).items()}
+    return {name: ranks[0] for name, ranks in run_in_turn(CASES, 1, cases, timeout=290).items()}
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +68,22 @@ def two(path, tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("kinds"))
         settings = dict(path=path, folder=folder, first=ADAM, then=ADAM, dtype="float32", kinds=kinds)
         cases[" then ".join(kinds)] = "resumed", settings
+    for name, (settings, dtype, kind) in PARKED.items():
+        cases[f"parked {name}"] = "parked", dict(path=path, optimizer=ADAM | settings, dtype=dtype, kind=kind)
     cases["refused"] = ("refusals", dict(path=path))
     for kind in ("sgd", "muon") if HAS_MUON else ("sgd",):
         own, folder = ADAM | dict(type=kind), str(tmp_path_factory.mktemp(kind))
         cases[kind] = "resumed", dict(path=path, folder=folder, first=own, then=own, dtype="float32")
-    return run_in_turn(CASES, 2, cases)
+    return run_in_turn(CASES, 2, cases, timeout=290)
+
+
+@pytest.mark.parametrize("name", PARKED)
+def test_a_learner_that_leaves_the_device_comes_back_bit_for_bit(two, name):
+    for rank in two[f"parked {name}"]:
+        assert rank["left"] == {"weights": 0, "gradients": 0, "optimizer": 0} and all(rank["sizes"].values())
+        assert rank["same"] == {"weights": True, "optimizer": True} and not rank["gradients"]
+        assert rank["norms"][0] == rank["norms"][1] and rank["apart"] == 0.0
+        assert rank["refused"] == "the policy's weights and gradients and optimizer are parked on the host"
 
 
 @pytest.mark.parametrize("case, most", [("float32", 1e-6), ("float32 L2", 1e-6), ("float64", 1e-14), ("float64 L2", 1e-14)])
