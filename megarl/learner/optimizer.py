@@ -69,7 +69,7 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
             for name in HYBRID & group.keys():
                 del group[name]
     for inner in _torch_optimizers(optimizer):
-        inner.defaults |= WAYS.get(kind, {})
+        inner.defaults |= WAYS.get(kind, WAYS["fused"])  # the hybrid optimizer's are PyTorch's, whatever the kind
     _set_ways(optimizer)
     return optimizer
 
