@@ -69,9 +69,13 @@ def set_threads(count: int | None = None) -> None:
 
 
 def device_memory() -> dict[str, float]:
-    """GiB on this rank's host and device: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated` by PyTorch, and
-    what is `used` of the device by anybody."""
+    """GiB on this rank's device and host: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated`."""
     return _module().device_memory()
+
+
+def used_bytes() -> tuple[int, int]:
+    """Bytes in use on this rank's device, by whomever (0 on a CPU), and resident of this process on the host."""
+    return _module().used_bytes()
 
 
 def synchronize() -> None:

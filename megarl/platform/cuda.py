@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megarl.platform.host import GIB, host_memory
+from megarl.platform.host import GIB, host_memory, resident_bytes
 from megarl.platform.shared_memory import Gather, SharedWindows
 
 NAME = "cuda"
@@ -25,12 +25,15 @@ def set_device(local_rank: int) -> None:
 
 
 def device_memory() -> dict[str, float]:
-    free, total = torch.cuda.mem_get_info()
     return host_memory() | {
-        "used": (total - free) / GIB,
         "allocated": torch.cuda.memory_allocated() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def used_bytes() -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info()
+    return total - free, resident_bytes()
 
 
 def synchronize() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import UntypedStorage
@@ -126,17 +126,11 @@ class MemoryLedger:
             found = find()
             now[name] = found if isinstance(found, tuple) else _bytes(found, seen)
         now |= other
-        used = platform.device_memory()
         device, host = (sum(column) for column in zip(*now.values(), strict=True))
-        rss = round(used["rss"] * GIB)
-        now["rest"] = max(0, round(used.get("used", 0.0) * GIB) - device), max(0, rss - host)
-        now["rss"] = 0, rss
+        used, resident = platform.used_bytes()
+        now["rest"] = max(0, used - device), max(0, resident - host)
+        now["rss"] = 0, resident
         self._phases[phase] = {name: tuple(map(max, now[name], before.get(name, (0, 0)))) for name in now}
-
-    @property
-    def phases(self) -> Mapping[str, Mapping[str, Bytes]]:
-        """Phase -> owner -> bytes, since the last `metrics`."""
-        return self._phases
 
     def metrics(self) -> dict[str, Metric]:
         """`memory/<device or host>/<phase>/<owner>` in GiB, all ranks together, where it is not 0; then starts over."""
