@@ -18,16 +18,18 @@ class HostParked:
     bytes again afterwards, so Megatron's parameters remain views of its buffers. While it is parked a storage has no bytes
     and nothing may compute with its tensors; `view` shows where they are. On a CPU the host is the device and nothing is
     copied. `forgets`: the contents need not come back, only the memory, which is then zero; a CPU gives it up too.
+    `frozen`: they never change, so they are copied to the host once and stay there.
     """
 
-    def __init__(self, find: Callable[[], Iterable[UntypedStorage]], forgets: bool = False) -> None:
-        self._find, self._forgets = find, forgets
+    def __init__(self, find: Callable[[], Iterable[UntypedStorage]], forgets: bool = False, frozen: bool = False) -> None:
+        self._find, self._forgets, self._frozen = find, forgets, frozen
         self._parked: list[tuple[UntypedStorage, int, Tensor | None]] = []  # storage, bytes, its contents on the host
+        self._kept: dict[int, Tensor] = {}  # contents of frozen storages
 
     @classmethod
     def modules(cls, modules: Sequence[nn.Module]) -> HostParked:
-        """The parameters and buffers of `modules`, parked at once."""
-        parked = cls(lambda: by_owner({"": tensors_of(modules)})[""])
+        """The parameters and buffers of `modules`, which nobody trains, parked at once."""
+        parked = cls(lambda: by_owner({"": tensors_of(modules)})[""], frozen=True)
         parked.park()
         return parked
 
@@ -38,8 +40,9 @@ class HostParked:
     @property
     def storages(self) -> list[UntypedStorage]:
         """Where the bytes are now."""
-        copies = [copy.untyped_storage() for _, _, copy in self._parked if copy is not None]
-        return [storage for storage in self._find() if storage.nbytes()] + copies
+        copies = [copy for _, _, copy in self._parked if copy is not None and not self._frozen]
+        on_host = [copy.untyped_storage() for copy in (*copies, *self._kept.values())]
+        return [storage for storage in self._find() if storage.nbytes()] + on_host
 
     @torch.no_grad()
     def park(self) -> None:
@@ -47,12 +50,18 @@ class HostParked:
         for storage in self._find():
             size = storage.nbytes()
             if size and (self._forgets or not _is_on_host(storage)):
-                copy = None if self._forgets else _host_copy(storage)
-                self._parked.append((storage, size, copy))
+                self._parked.append((storage, size, None if self._forgets else self._copy(storage)))
         platform.synchronize()  # the copies are complete
         for storage, _, _ in self._parked:
             storage.resize_(0)
         platform.empty_cache()
+
+    def _copy(self, storage: UntypedStorage) -> Tensor:
+        copy = self._kept.get(storage._cdata)
+        copy = _host_copy(storage) if copy is None else copy
+        if self._frozen:
+            self._kept[storage._cdata] = copy
+        return copy
 
     @torch.no_grad()
     def unpark(self) -> None:

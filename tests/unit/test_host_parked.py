@@ -81,8 +81,11 @@ def test_modules_are_parked_with_parameters_and_buffers(device_apart):
     weight = module.weight.detach().clone()
     parked = HostParked.modules([module])
     assert module.weight.untyped_storage().nbytes() == module.running_mean.untyped_storage().nbytes() == 0
+    copies = [storage.data_ptr() for storage in parked.storages]
     with parked.on_device():
         assert torch.equal(module.weight, weight)
+        assert len(parked.storages) == 2 * len(copies)  # the copies stay
+    assert [storage.data_ptr() for storage in parked.storages] == copies  # and are not made again
 
 
 def test_the_parts_of_a_wrapped_tensor_are_parked(device_apart):
