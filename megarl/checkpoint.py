@@ -19,7 +19,7 @@ import torch
 
 from megarl import platform
 from megarl.errors import BadInput
-from megarl.learner.optimizer import init_state, separate_steps
+from megarl.learner.optimizer import after_loading, init_state
 from megarl.learner.policy import Policy, Role
 from megarl.models.layers.fp8_layers import AMAX
 from megarl.parallel import Mesh
@@ -153,7 +153,7 @@ def _load_policy(policy: Policy, state: dict[str, Any]) -> None:
         module.load_state_dict(state["model"][f"model{index}"], strict=False)
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(state["optimizer"])
-        separate_steps(policy.optimizer)
+        after_loading(policy.optimizer)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
+from megarl.config.optimizers import check_optimizers
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
 
@@ -24,6 +25,7 @@ def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
     _check_software(config, require)
     _check_sections(config, require)
+    check_optimizers(config)
     _check_sources(config, must_exist=require)
     _check_rewards(config, require)
     shapes = _shapes(config, require)
@@ -115,6 +117,10 @@ def _read_config_json(file: Path) -> dict[str, Any]:
 def _check_software(config: Config, require: Command | None) -> None:
     if config.model.dtype == "float64" and require in ("rl", "eval", "sync", "routing"):
         raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
+    if config.model.dtype == "float64" and config.model.head_dtype is not None:
+        raise BadInput(
+            f"model.head_dtype = {config.model.head_dtype!r}: below model.dtype = 'float64'; set model.head_dtype: none"
+        )
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -156,12 +162,6 @@ def _check_sections(config: Config, require: Command | None) -> None:
                 f"rl.optimizer_steps_per_rollout = {rl.optimizer_steps_per_rollout}: does not divide the {total} "
                 "sequences "
                 f"of a rollout ({rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples); set {divisors[-1]}"
-            )
-    for name in ("sft", "reward_model", "rl"):
-        section = getattr(config, name)
-        if section is not None and max(section.optimizer.betas) >= 1:
-            raise BadInput(
-                f"{name}.optimizer.betas = {list(section.optimizer.betas)}: each must be below 1; set [0.9, 0.95]"
             )
 
 

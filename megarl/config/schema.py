@@ -119,6 +119,9 @@ class Model(Section):
     """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
     router_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the router's matrix product and softmax."""
+    head_dtype: Literal["float32"] | None = None
+    """Precision of the output layer's product, in the learner and in vLLM; none: `dtype`. For bfloat16 models: their logits
+    have 8 bits otherwise."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 recipe of the layers' matrix products in the learner; embeddings, routers, attention scores and the output layer
     stay in `dtype`. Rounded to FP8 and multiplied in float32 where the chip has no FP8 product of the kind."""
@@ -179,8 +182,14 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    type: Literal["adam", "sgd"] = "adam"
-    """Adam with decoupled weight decay, or plain gradient descent."""
+    type: Literal["adam", "sgd", "muon"] = "adam"
+    """Adam, plain gradient descent, or Megatron's Muon: for matrices outside experts and embeddings, with Adam for the rest,
+    not sharded; needs emerging_optimizers."""
+    implementation: Literal["auto", "te", "apex", "fused", "foreach", "for-loop"] = "auto"
+    """Whose Adam: Transformer Engine's, NVIDIA Apex's, or PyTorch's in one of its three ways; auto: on CUDA the first that is
+    installed of te and apex, otherwise fused."""
+    cpu_offload: bool = False
+    """Main weights and moments stay on the host for good and are stepped there, by PyTorch's fused Adam."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.0
@@ -194,7 +203,15 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay (norms and biases excluded)."""
+    """Weight decay (norms and biases excluded)."""
+    decoupled_weight_decay: bool = True
+    """Weight decay beside the gradient step (AdamW); false: added to the gradient (L2)."""
+    muon_momentum: Fraction = 0.95
+    """Muon's momentum."""
+    muon_ns_steps: Positive = 5
+    """Newton-Schulz iterations of Muon's orthogonalisation."""
+    muon_scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """How Muon scales an update by the matrix's shape."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
@@ -460,6 +477,21 @@ class Export(Section):
     """Precision of the exported weights; none: the learner's."""
 
 
+class Memory(Section):
+    """RL's two phases on one device: what leaves it, for the host, while vLLM samples, and how vLLM sleeps while the learner
+    works. On a CPU the host is the device: only gradients give memory back, and vLLM keeps its own."""
+
+    optimizer_offload: bool = True
+    """Main weights and moments of policy and critic are on the device during the update only."""
+    grad_offload: bool = True
+    """So are gradient buffers; they are freed, not copied."""
+    param_offload: bool = False
+    """The learner's weights are on the host while vLLM samples; a weight sync reads them there, a layer at a time."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """Of vLLM while the learner works: 2 drops weights and key/value cache (a weight sync writes all weights anyway), 1 keeps
+    the weights on the host, 0 is awake."""
+
+
 class Log(Section):
     tensorboard: bool = True
     """Write TensorBoard event files."""
@@ -523,6 +555,8 @@ class Config(Section):
     """Distributed checkpoints."""
     export: Export = Export()
     """Hugging Face exports."""
+    memory: Memory = Memory()
+    """What is on the device in which phase of RL."""
     log: Log = Log()
     """What is written beside the console."""
     study: Study | None = None

@@ -17,7 +17,8 @@ from megarl.config.schema import Config, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
 from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
-from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
+from megarl.learner.host_parked import HostParked, by_owner, tensors_of
+from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm, state_tensors
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.fp8 import recipe_of
@@ -91,6 +92,7 @@ class Policy:
         self.layout = batch_layout(spec, cfg, mesh)  # what the micro-batches of this model must be packed for
         self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         self.dtype = DTYPES[cfg.model.dtype]
+        self.head_dtype = DTYPES[cfg.model.head_dtype] if cfg.model.head_dtype else None
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
@@ -108,10 +110,26 @@ class Policy:
         self.updates = 0  # optimizer steps taken: the policy version
         self.routing = RoutingReplay(self._modules, spec, mesh, role) if routing and spec.is_moe else None
         self._run = get_forward_backward_func()
+        # what can leave the device, each by itself; gradients are zero at the start of every optimizer step anyway
+        self.parked = {
+            owner: HostParked(lambda owner=owner: self._storages()[owner], forgets=owner == "gradients")
+            for owner in ("weights", "gradients", "optimizer")
+        }
+
+    def _storages(self) -> dict[str, list[torch.UntypedStorage]]:
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)] if self.optimizer else []
+        weights = [b.param_data for b in buffers if b.param_data is not None]
+        return by_owner(
+            {
+                "weights": [*weights, *tensors_of(self._modules)],
+                "gradients": [b.grad_data for b in buffers],
+                "optimizer": state_tensors(self.optimizer) if self.optimizer else [],
+            }
+        )
 
     def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
-        # Megatron's distributed optimizer knows half and single precision only
-        distributed = parallel.distributed_optimizer and self.dtype is not torch.float64
+        # Megatron's distributed optimizer knows Adam only, and half and single precision
+        distributed = parallel.distributed_optimizer and optimizer.type == "adam" and self.dtype is not torch.float64
         self._gathers_late = parallel.overlap_param_gather and distributed
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.dtype is not torch.float64,
@@ -203,6 +221,7 @@ class Policy:
 
         A step whose gradient norm is not finite on any rank changes nothing and says `applied=False`.
         """
+        self._need("weights", "gradients", "optimizer")
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -256,8 +275,15 @@ class Policy:
         self.updates += 1
         return True, grad_norm
 
+    def _need(self, *owners: str) -> None:
+        """A kernel that meets a tensor without bytes would end the process without a word."""
+        parked = [owner for owner in owners if self.parked[owner].is_parked]
+        if parked:
+            raise RuntimeError(f"the {self.role}'s {' and '.join(parked)} are parked on the host")
+
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._need("weights")
         for chunk in self.chunks:
             chunk.eval()
         yield
@@ -353,7 +379,7 @@ class Policy:
         tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
         index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
         found = linear_log_probs(
-            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            out[0, rows[index]].to(self.head_dtype or weight.dtype),  # Megatron's wrapper made float32 of bfloat16
             weight,
             tokens[index],
             self.spec.vocab_size,

@@ -31,6 +31,7 @@ PACKAGES = (
     Package("tensorboard", ("tensorboard",), False, "no TensorBoard files; metrics.jsonl holds the same numbers"),
     Package("matplotlib", ("matplotlib",), False, "no plots in the report"),
     Package("wandb", ("wandb",), False, "no Weights & Biases logging"),
+    Package("emerging-optimizers", ("emerging-optimizers",), False, "no optimizer of type muon"),
     Package(
         "transformer-engine",
         ("transformer-engine", "transformer_engine"),

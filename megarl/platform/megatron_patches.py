@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megarl import platform
+from megarl.platform import optimizers
 
 
 def install() -> None:
@@ -48,6 +49,7 @@ def install() -> None:
 
     plain = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = _keep_step(plain)
+    optimizers.install(on_cpu=platform.name() == "cpu")
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_one_generator)
 
 

@@ -42,9 +42,17 @@ class Exchange:
         )
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
+        self._buffers = [0, 0]  # bytes of the messages, without those in the window, of the last even and odd block
+        self.message_bytes = 0  # most of both in the last sync
         self.mapped: Mapped | None = None
         # codes of FP8 are made anew in every sync
         self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
+
+    @property
+    def window_bytes(self) -> int:
+        """This rank's memory that others read messages in."""
+        has_window = self.mapped is None and self.mesh.rank in self.shared
+        return self.shared.windows[self.mesh.rank].nbytes if has_window else 0
 
     def blocks(self, held: Mapping[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
@@ -52,6 +60,7 @@ class Exchange:
         `held`: an entry's source -> this rank's parameter, or what is sent of it. `ahead`: the next block is on its way
         while one is used.
         """
+        self._buffers, self.message_bytes = [0, 0], 0
         if self._map(held):
             yield from self._in_place(held)
             return
@@ -129,6 +138,8 @@ class Exchange:
             if sender != self.mesh.rank and sender not in self.shared:
                 buffers[sender] = _empty(message_bytes(runs))
                 operations.append(self._operation(dist.irecv, buffers[sender], sender))
+        self._buffers[half] = sum({o.tensor.data_ptr(): o.tensor.nbytes for o in operations}.values())
+        self.message_bytes = max(self.message_bytes, sum(self._buffers))
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) < len(operations):  # NCCL makes one of all
             works = works * len(operations)

@@ -66,6 +66,7 @@ class VLLMEngine:
         mesh: Mesh,
         load: bool = True,
         fp8: Fp8Weights | None = None,
+        head_dtype: str | None = None,
     ) -> None:
         degree, ranks = rollout_cfg.tensor_parallel, rollout_cfg.tensor_parallel * rollout_cfg.data_parallel
         if mesh.world_size % ranks:
@@ -84,7 +85,7 @@ class VLLMEngine:
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
-            self._llm = self._start(model_path, dtype, load)
+            self._llm = self._start(model_path, dtype, load, head_dtype)
         vllm_patches.after_start(self._runner)
         if rollout_cfg.routed_experts:
             self._check_record()
@@ -95,7 +96,7 @@ class VLLMEngine:
         self._tokenizer = _tokenizer(model_path)
         self._stop_ids = stop_token_ids(model_path, self._tokenizer)
 
-    def _start(self, model_path: str, dtype: str, load: bool) -> Any:
+    def _start(self, model_path: str, dtype: str, load: bool, head_dtype: str | None) -> Any:
         from vllm import LLM
 
         vllm_patches.install()
@@ -106,7 +107,7 @@ class VLLMEngine:
                 f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
                 "or set it to false and rl.routing_replay to none or old"
             )
-        changes = overrides(spec, read_config(model_path))
+        changes = overrides(spec, read_config(model_path), head_dtype)
         if self.fp8 is not None:
             precisions = [str(known).removeprefix("torch.") for known in vllm_fp8.precisions()]
             if dtype not in precisions:
@@ -341,12 +342,16 @@ class VLLMEngine:
         return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
     def sleep(self, level: int = 1) -> None:
-        if self.capabilities.sleep:
-            self._llm.sleep(level)
+        self._llm.sleep(level)
 
     def wake(self, tags: list[str] | None = None) -> None:
-        if self.capabilities.sleep:
-            self._llm.wake_up(tags)
+        self._llm.wake_up(tags)
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        weights, cache = vllm_patches.memory(self._runner)
+        if self._direct is not None:
+            weights = weights[0], weights[1] + self._direct.hidden_bytes()
+        return {"weights": weights, "kv_cache": cache}
 
     @property
     def rng_state(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Loop:
     clock: Clock
     total: int
     done: int = 0  # steps finished
+    around_checkpoint: Callable[[], AbstractContextManager] = nullcontext  # brings back what is to be saved
 
     @classmethod
     def open(cls, cfg: Config, mesh: Mesh, part: str, total: int, register: dict[str, Any]) -> Loop:
@@ -97,7 +99,7 @@ class Loop:
             stopping = self.mesh.any(self.stop.requested)
             every = self.cfg.checkpoint.every
             if stopping or self.done == self.total or (every and self.done % every == 0):
-                with self.phases("checkpoint"):
+                with self.phases("checkpoint"), self.around_checkpoint():
                     self.checkpointer.save(self.done)
                 saved = self.done
             if stopping and self.done < self.total:

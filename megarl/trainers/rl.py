@@ -50,6 +50,7 @@ from megarl.trainers.rollout_files import check_experts, check_files, read_group
 from megarl.trainers.routing import RoutingWatch, replay_recorded, replay_rollout, routed_load
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.trainers.sync_metrics import sync_metrics
+from megarl.trainers.turns import MemoryLedger, Turns
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
 
@@ -68,7 +69,8 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
         try:
             trainer.prepare()
             if trainer.loop.run(trainer.step):
-                with task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal()):
+                exporting = task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal())
+                with exporting, trainer.turns.learner_alone():
                     finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
                 trainer.report()
         finally:
@@ -116,17 +118,21 @@ class RLTrainer:
             )
         spec = self.policy.spec
         self.fp8 = Fp8Weights.of(spec, cfg.model, cfg.rollout)
+        self.turns = Turns(cfg.memory, [self.policy, *([self.critic] if self.critic else [])])
+        self.turns.make_room()
+        how = dict(load=False, fp8=self.fp8, head_dtype=cfg.model.head_dtype)
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(
-                self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=self.fp8
-            )
-        self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine)
+            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
+        self.turns.start(self.engine)
+        self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine, self.policy.parked["weights"])
+        self.ledger = self._ledger()
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_report: SyncReport | None = None
         self.sync_gap: SyncGap | None = None
         self.pool = GroupPool(self.algorithm)
         owners = {"policy": self.policy, "data": self.data, "groups": self.pool}
         self.loop = Loop.open(cfg, mesh, "rl", rl.steps, owners | ({"critic": self.critic} if self.critic else {}))
+        self.loop.around_checkpoint = self.turns.learner_alone
         self.loop.display.note(
             f"rl: {mesh.describe()}; {len(self.data)} prompts, dropped {dict(self.data.dropped)}; "
             f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step in "
@@ -157,6 +163,9 @@ class RLTrainer:
         """One rollout and its optimizer steps; returns the step's reduced metrics."""
         phases, rl = self.loop.phases, self.cfg.rl
         groups, metrics = self.rollout(number)
+        self.ledger.record("rollout")
+        with phases("offload"):
+            self.turns.learn()
         with phases("prepare"):
             batch = rl_batch.assemble(groups, self.algorithm)
             parts = rl_batch.split(batch, rl.optimizer_steps_per_rollout, seed=self.cfg.seed * 1_000_003 + number)
@@ -171,9 +180,15 @@ class RLTrainer:
         with phases("prepare"):
             batch, decided = self._decide(batch, parts, packed)
             merge(metrics, decided)
+        self.ledger.record("log_probs")
+        with phases("offload"):
+            self.turns.update()
         with phases("update"):
             for micro in packed:
                 merge(metrics, self._update(micro, number))
+        self.ledger.record("update")
+        with phases("offload"):
+            self.turns.updated()
         if self.watch is not None:
             with phases("routing"):
                 merge(metrics, self.watch.after(batch))
@@ -265,6 +280,7 @@ class RLTrainer:
                 for micro in packed:
                     for one, log_probs in zip(micro, model.log_probs(micro)[0], strict=False):
                         one.batch.ref_log_probs = log_probs
+                self.ledger.record("reference")
         if self.critic is not None:
             for micro in packed:
                 for one, values in zip(micro, self.critic.values(micro), strict=False):
@@ -319,15 +335,17 @@ class RLTrainer:
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
-        policy, cfg, chunks = self.policy, self.cfg, self.policy.modules
+        policy, cfg, chunks, fp8 = self.policy, self.cfg, self.policy.modules, self.fp8
+        learner = probe_log_probs(policy, self.probes, fp8) if cfg.rollout.sync_check != "none" else []
+        self.turns.sync()
         self.sync_report = self.weight_sync.run(chunks, policy.updates)
+        self.ledger.record("sync", sync_buffers=self.weight_sync.buffer_bytes)
+        self.turns.sample()
         if cfg.rollout.sync_check == "none":
             return
         if cfg.rollout.sync_check == "full":
             check_checksums(self.weight_sync, chunks)
-        fp8 = self.fp8
         threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None)
-        learner = probe_log_probs(policy, self.probes, fp8)
         self.sync_gap = check_sync(self.weight_sync, chunks, self.probes, learner, threshold)
 
     def evaluate(self, number: int) -> dict[str, float]:
@@ -355,7 +373,7 @@ class RLTrainer:
         if self.eval_prompts and (number == cfg.rl.steps or (cfg.eval.every and number % cfg.eval.every == 0)):
             evaluated = self.evaluate(number)
         if cfg.export.every and number % cfg.export.every == 0:
-            with phases("export"):
+            with phases("export"), self.turns.learner_alone():
                 finish_export(self.policy, self.loop.folder / f"hf_step_{number:06d}", cfg, self.start_path)
         for name in ("policy/loss", "critic/loss"):
             if name in metrics:
@@ -366,7 +384,7 @@ class RLTrainer:
             "sync/seconds": Mean(seconds["sync"]),
             **sync_metrics(self.sync_report, self.sync_gap),
         }
-        metrics |= phases.metrics() | memory_metrics()
+        metrics |= phases.metrics() | memory_metrics() | self.ledger.metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated
         if "critic/error_std" in reduced:
             error = reduced.pop("critic/error_std")
@@ -408,6 +426,20 @@ class RLTrainer:
             total_steps=rl.steps * rl.optimizer_steps_per_rollout,
         )
 
+    def _ledger(self) -> MemoryLedger:
+        ledger = MemoryLedger()
+        for owner, parked in self.policy.parked.items():
+            ledger.own(f"policy_{owner}", lambda parked=parked: parked.storages)
+        if self.reference is not None:
+            ledger.own("reference", lambda: self.reference[1].storages)
+        if self.critic is not None:
+            ledger.own("critic", lambda: [storage for one in self.critic.parked.values() for storage in one.storages])
+        ledger.own("reward_model", lambda: self.scorer.storages)
+        for part in ("weights", "kv_cache"):
+            ledger.own(f"engine_{part}", lambda part=part: self.engine.memory()[part])
+        ledger.own("sync_buffers", lambda: self.weight_sync.window_bytes)
+        return ledger
+
     def _routing_watch(self) -> RoutingWatch | None:
         if self.policy.routing is None or not self.cfg.log.routing_tokens:
             return None
@@ -419,4 +451,4 @@ class RLTrainer:
             return None
         path, cfg = self.cfg.rl.reference or self.start_path, self.cfg
         model = Policy.from_hf(path, cfg, self.mesh, role="reference", temperature=cfg.rollout.temperature)
-        return model, HostParked(model.modules)
+        return model, HostParked.modules(model.modules)

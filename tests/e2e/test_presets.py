@@ -51,7 +51,8 @@ def ranks(warm: Project, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     settings["model"] = {"path": str(warm.run / "sft" / "hf")}
     project.config.write_text(yaml.safe_dump(settings))
     presets = {name: OWN.get(name, []) for name in PRESETS}
-    return run_ranks("tests.e2e.cases:train_presets", 2, str(project.config), presets, ["ppo", "dapo"], timeout=290)
+    what = str(project.config), presets, ["ppo", "dapo"], "ppo"
+    return run_ranks("tests.e2e.cases:train_presets", 2, *what, timeout=290)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,46 @@ def test_dapo_trains_on_groups_with_a_signal_only(rows):
 def test_a_run_continues_to_the_same_end(rows, preset):
     plain, resumed = ([without_clocks(row) for row in rows[name]] for name in (preset, f"{preset} resumed"))
     assert resumed == plain
+
+
+def test_a_learner_that_leaves_the_device_computes_the_same(rows):
+    """With a critic and a reference, stopped and resumed: every number of every step but clocks and memory."""
+    assert [without_clocks(row) for row in rows["ppo parked"]] == [without_clocks(row) for row in rows["ppo"]]
+
+
+def test_what_is_parked_is_not_where_it_is_computed_with(ranks):
+    owners = [f"{model} {owner}" for model in ("policy", "critic") for owner in ("weights", "gradients", "optimizer")]
+    for rank in ranks:
+        found = rank["in place"]
+        assert found["rollout"] == found["sync"] == dict.fromkeys(owners, 0)
+        assert all(found["update"].values()) and found["update"].keys() == set(owners)
+        for phase in ("reference", "log_probs"):
+            assert {name: size for name, size in found[phase].items() if size} == {
+                name: size for name, size in found["update"].items() if "weights" in name
+            }
+
+
+def test_the_ledger_knows_every_owner(rows):
+    """GiB of both ranks: moments are twice the weights, gradients once, and an engine has the policy's weights."""
+    for name in ("ppo", "ppo parked"):
+        row, gib = rows[name][-1], 2**30
+        host = {phase: {} for phase in ("rollout", "reference", "log_probs", "update", "sync")}
+        for key, value in row.items():
+            if key.startswith("memory/host/"):
+                phase, owner = key.split("/")[2:]
+                host[phase][owner] = value
+        assert not any(key.startswith("memory/device/") for key in row)
+        update, rollout = host["update"], host["rollout"]
+        assert update["policy_gradients"] == pytest.approx(update["policy_weights"], rel=0.02)  # padding
+        # with two ranks each has half of the dense moments, and all of its experts'
+        assert update["policy_weights"] < update["policy_optimizer"] < 2.02 * update["policy_weights"]
+        assert rollout["reference"] == pytest.approx(update["policy_weights"], rel=0.02)
+        assert rollout["engine_weights"] > 0 and rollout["engine_kv_cache"] > 0
+        for phase in ("rollout", "reference", "log_probs", "sync"):
+            assert "policy_gradients" not in host[phase]
+            assert update["critic"] - host[phase]["critic"] == pytest.approx(update["policy_gradients"], rel=0.02)
+        for phase in host.values():
+            assert sum(v for owner, v in phase.items() if owner != "rss") == pytest.approx(phase["rss"], abs=1 / gib)
 
 
 def test_dapo_carries_its_surplus_over(rows):
