@@ -61,6 +61,7 @@ WANTED = {
             f"{TE}.common.recipe.DelayedScaling": ("__init__",),
             f"{TE}.common.recipe.Float8CurrentScaling": ("__init__",),
             f"{TE}.common.recipe.Float8BlockScaling": ("__init__",),
+            f"{TE}.common.recipe.QParams": ("__init__",),
             f"{TE}.common.recipe.MXFP8BlockScaling": ("__init__",),
         },
     ),
@@ -96,9 +97,9 @@ def _described(source: Path, name: str, methods: tuple[str, ...]) -> dict[str, A
             found["drops_unknown"] = "from pydantic.dataclasses import dataclass" in path.read_text()
         else:
             raise KeyError(f"{name}.{method}: is not in {path}")
-    members = [t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets if isinstance(t, ast.Name)]
-    if any(ast.unparse(base) == "Enum" for base in node.bases):
-        found["members"] = members
+    plain = [t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets if isinstance(t, ast.Name)]
+    if plain:
+        found["attributes"] = plain  # of the class: an enumeration's members
     parameters = _parameters(bodies["__init__"]) if "__init__" in bodies else {}
     return found | ({"parameters": parameters} if parameters else {})
 
@@ -147,7 +148,7 @@ def _fields(path: Path, node: ast.ClassDef) -> list[str]:
     classes = {item.name: item for item in ast.parse(path.read_text()).body if isinstance(item, ast.ClassDef)}
     out = [f for base in node.bases if ast.unparse(base) in classes for f in _fields(path, classes[ast.unparse(base)])]
     for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             out.append(item.target.id + ("" if item.value is None else f"={_short(item.value)}"))
     return out
 

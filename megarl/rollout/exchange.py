@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl import platform
+from megarl.convert.stacks import Stack, stretch
 from megarl.rollout.sync_plan import Exchanged, Piece, Run, SyncPlan, message_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Exchange:
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
 
-    def blocks(self, held: dict[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
+    def blocks(self, held: dict[str, Tensor | Stack], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
         `held`: Megatron name -> this rank's parameter. `ahead`: the next block is on its way while one is used.
@@ -75,7 +76,7 @@ class Exchange:
             self.shared.hear(receiver, TOPICS.index("read"))
         self.sending[half].clear(), self.unread[half].clear()
 
-    def _post(self, number: int, held: dict[str, Tensor]) -> dict[int, Message]:
+    def _post(self, number: int, held: dict[str, Tensor | Stack]) -> dict[int, Message]:
         """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
         if number >= len(self.schedule):
             return {}
@@ -93,7 +94,7 @@ class Exchange:
         self.sending[half].extend(works[:sends])
         return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _send(self, block: Exchanged, held: dict[str, Tensor], half: int) -> list[dist.P2POp]:
+    def _send(self, block: Exchanged, held: dict[str, Tensor | Stack], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
         for receiver, runs in block.outgoing.items():
@@ -116,7 +117,7 @@ class Exchange:
     def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    def _collect(self, block: Exchanged, held: dict[str, Tensor], works: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, held: dict[str, Tensor | Stack], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
         moved = [(run, _values(run, held)) for run in block.incoming.get(self.mesh.rank, [])]
         for sender, runs in block.incoming.items():
@@ -152,11 +153,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _values(run: Run, held: dict[str, Tensor]) -> Tensor:
+def _values(run: Run, held: dict[str, Tensor | Stack]) -> Tensor:
     parameter = held[run.first.entry.source]
     if run.start is None:
         return values_of(run.first, parameter)
-    return parameter.view(-1)[run.start : run.start + run.count]
+    return stretch(parameter, run.start, run.count)
 
 
 def _places(runs: list[Run], buffer: Tensor) -> Iterator[Tensor]:
@@ -180,7 +181,7 @@ def pieces_of(run: Run, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         at += size
 
 
-def values_of(piece: Piece, parameter: Tensor) -> Tensor:
+def values_of(piece: Piece, parameter: Tensor | Stack) -> Tensor:
     """A piece's values as the sender has them."""
     part = parameter[piece.local]
     return part if piece.order is None else part.permute(piece.order)
