@@ -39,6 +39,8 @@ WANTED = {
             f"{PT}.RMSNorm": ("__init__",),
             f"{PT}.ops.basic.rmsnorm.RMSNorm": ("__init__",),
             f"{PT}.LayerNorm": ("__init__",),
+            f"{PT}.ops.Sequential": ("__init__",),
+            f"{PT}.module.base.TransformerEngineBaseModule": ("set_extra_state", "get_extra_state"),
             f"{PT}.DotProductAttention": ("__init__", "forward", "set_context_parallel_group"),
             f"{PT}.Fp8Padding": ("__init__", "forward"),
             f"{PT}.Fp8Unpadding": ("__init__", "forward"),

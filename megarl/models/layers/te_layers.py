@@ -54,6 +54,8 @@ class TEDown(TELinear):
             skip_bias_add=False,
             skip_weight_param_allocation=False,
         )
+        # Transformer Engine marks every linear's weight as sharded, and the gradient norm would count each rank's copy
+        self.weight.tensor_model_parallel = False
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
