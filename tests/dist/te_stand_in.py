@@ -47,6 +47,7 @@ def _bound(text: str, method: Callable) -> Callable:
                 found |= found.pop(parameter.name)
         return method(**(found if takes_all else {k: v for k, v in found.items() if k in own.parameters}))
 
+    call.plain = method  # type: ignore[attr-defined]
     return call
 
 
