@@ -273,7 +273,6 @@ class Fp8Unpadding(_Aligned):
         return torch.cat([part[:size] for part, size in parts])
 
 
-@_like(f"{NAME}.pytorch.fp8.FP8GlobalStateManager")
 class FP8GlobalStateManager:
     enabled = False
 

@@ -33,14 +33,14 @@ def folder(tmp_path_factory):
     return write
 
 
-def hold(where: str, results: list[dict]) -> None:
-    """What `agree` must have found on every rank."""
+def hold(where: str, results: list[dict], log_probs: float = 1e-5, gradients: float = 1e-4) -> None:
+    """What `agree` must have found on every rank; gradients are relative."""
     for rank, found in enumerate(results):
         at = f"{where} rank {rank}"
         assert found["bits"] and found["shapes"] and found["names"], at
-        assert found["log_probs"] <= 1e-5, at
-        assert {name: gap for name, gap in found["gradients"].items() if gap > 1e-4} == {}, at
-        assert found["norms"][1] == pytest.approx(found["norms"][0], rel=1e-5), at
+        assert found["log_probs"] <= log_probs, at
+        assert {name: gap for name, gap in found["gradients"].items() if gap > gradients} == {}, at
+        assert found["norms"][1] == pytest.approx(found["norms"][0], rel=gradients / 10), at
 
 
 @pytest.mark.parametrize("nproc", SAMPLED)
