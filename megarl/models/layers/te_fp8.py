@@ -40,7 +40,8 @@ class TEFP8:
     """What a policy does about FP8 when Transformer Engine computes it; see `FP8Layers` for the torch layers.
 
     In higher precision stay what `FP8Layers` keeps. Rows of padding are 0 where a layer multiplies, so that they raise no
-    amax; experts' rows are padded with zeros too, by Megatron, before their products. Two things padding still touches:
+    amax; experts' rows are padded with zeros too, by Megatron, before their products. (Its router padding instead,
+    `moe_router_padding_for_fp8`, sends real tokens to further experts, whose scales would count them.) Padding still touches:
     a tile of `blockwise` or `mxfp8` may hold rows of padding beside real ones, which its scale does not see as they are 0;
     and experts with biases (gpt-oss) make of padding the activation of a bias, which counts for linear_fc2's input.
 
