@@ -125,9 +125,9 @@ class Linear(Base):
         return self._multiply(inp)
 
     def _multiply(self, inp: Tensor) -> Any:
-        from megatron.core.tensor_parallel import mappings
-
         alone = self.parallel_mode is None or self.tp_size == 1
+        if not alone:
+            from megatron.core.tensor_parallel import mappings
         if not alone and self.parallel_mode == "column":
             gather = mappings.gather_from_sequence_parallel_region
             copy = mappings.copy_to_tensor_model_parallel_region
@@ -347,12 +347,16 @@ def install(capability: int = 90) -> None:
             **{kind: _recipe(kind) for kind in kinds},
         },
         ".pytorch": pytorch,
-        ".pytorch.ops": {"Sequential": nn.Sequential},
+        ".pytorch.ops": {"Sequential": nn.Sequential, "FusibleOperation": nn.Module},
         ".pytorch.fp8": {
             "FP8GlobalStateManager": FP8GlobalStateManager,
             "fp8_autocast": _function(f"{NAME}.pytorch.fp8.fp8_autocast", _autocast),
         },
-        ".pytorch.distributed": {"CudaRNGStatesTracker": CudaRNGStatesTracker},
+        ".pytorch.distributed": {
+            "CudaRNGStatesTracker": CudaRNGStatesTracker,
+            "activation_recompute_forward": type("activation_recompute_forward", (), {}),
+            "checkpoint": _function(f"{NAME}.pytorch.distributed.checkpoint", _absent),
+        },
         ".pytorch.tensor": {"QuantizedTensor": type("QuantizedTensor", (Tensor,), {})},
         ".pytorch.router": {name: _function(f"{NAME}.pytorch.router.{name}", _absent) for name in routing},
     }

@@ -69,16 +69,40 @@ def test_same_numbers_names_and_bits_as_torch(nproc, folder, tmp_path):
         assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TECore", "TEExperts", "TEDown", "TEMoE"} <= kinds
 
 
-def test_fp8_settings_reach_the_layers(folder, tmp_path):
-    """Which products are in FP8, with which recipe; padding is 0 in all of them."""
+def test_fp8_settings_renamed_arguments_and_refusals(folder):
+    mixed, latent = folder("qwen3_moe-mixed-yarn"), folder("deepseek_v3")
     steps = {
-        "tensorwise": ("fp8", dict(path=folder("qwen3_moe-mixed-yarn"), fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=1)),
-        "blockwise": ("fp8", dict(path=folder("deepseek_v3"), fp8="delayed", fp8_history=8, fp8_margin=1)),
-        "refusals": ("refusals", dict(path=folder("qwen3_moe"))),
+        "tensorwise": ("fp8", dict(path=mixed, fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=1)),
+        "delayed": ("fp8", dict(path=latent, fp8="delayed", fp8_history=8, fp8_margin=1)),
+        "renamed": ("renamed", dict(path=mixed)),
+        "refusals": ("refusals", dict(path=mixed)),
     }
     results = {name: ranks[0] for name, ranks in run_in_turn(MODULE, 1, steps).items()}
-    del steps
-    print(results)
+    for recipe, inside in (("tensorwise", {"1", "2"}), ("delayed", {"0", "1", "2", "3"})):
+        found = results[recipe]
+        # every linear of the layers in FP8 and no other; padding, and nothing else, is 0 in all of them
+        assert {name.split(".")[2] for name in found["in_fp8"]} == inside and not set(found["in_fp8"]) & set(found["outside"])
+        assert {name.split(".")[2] for name in found["outside"]} == {"0", "1", "2", "3"} - inside
+        assert found["padding"] > 0 and found["rows"] % 16 == 0 and found["zero_rows"] == [] and not found["suspended"]
+    (tensorwise,), (delayed,) = results["tensorwise"]["recipes"], results["delayed"]["recipes"]
+    assert tensorwise.items() >= {"name": "Float8CurrentScaling", "fp8_format": "Format.HYBRID"}.items()
+    expected = {"name": "DelayedScaling", "margin": "1", "amax_history_len": "8", "amax_compute_algo": "max"}
+    assert delayed.items() >= expected.items()
+
+    failures = results["renamed"]
+    assert failures.pop("none") == ""
+    for name, failure in failures.items():
+        assert "argument" in failure or "KeyError" in failure, f"{name}: {failure}"
+
+    float64, float32, mxfp8, skipped, sizes, unknown, doctor = results["refusals"]
+    assert "float64" in float64 and "model.layers: torch" in float64
+    assert "model.dtype: bfloat16" in float32
+    assert "mxfp8" in mxfp8 and "10.0 or higher" in mxfp8 and "model.fp8: blockwise" in mxfp8
+    assert "model.fp8: tensorwise" in skipped
+    assert "16 x 128" in sizes and "model.fp8: tensorwise" in sizes
+    assert "knows tensorwise, mxfp8, delayed" in unknown
+    assert "blockwise, tensorwise, delayed" in doctor and "no mxfp8" in doctor
+    assert all("\n" not in line for line in results["refusals"])
 
 
 @pytest.mark.slow
