@@ -76,7 +76,7 @@ def test_what_is_written_into_views_is_in_the_parameters(spec, shard):
     parameters = as_transformer_engine(named)
     found = dict(in_table_names(parameters.items()))
     full: dict[str, torch.Tensor] = {}
-    for name, (rule, tensor) in named.items():
+    for rule, tensor in named.values():
         for hf_name, shape in rule.hf_shapes(spec).items():
             full.setdefault(hf_name, torch.zeros(shape))
         for region in rule.regions(spec, shard):
