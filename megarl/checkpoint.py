@@ -35,6 +35,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 STATE = "state.json"
+LAYER_STATE = "._extra_state"
 # fully reshardable: the optimizer loads under another tp, pp, ep or dp; names without the optimizer's index, which
 # depends on whether experts have an optimizer of their own
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -214,5 +215,11 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 def sharded_modules(role: str, modules: list[torch.nn.Module]) -> dict[str, Any]:
-    """The shards of this rank's modules, named as in a run's checkpoint."""
-    return {f"model{index}": module.sharded_state_dict(prefix=f"{role}.") for index, module in enumerate(modules)}
+    """The shards of this rank's modules, named as in a run's checkpoint, by the same names from either layer provider."""
+    out = {}
+    for index, module in enumerate(modules):
+        state = module.sharded_state_dict(prefix=f"{role}.")
+        # pickled by a layer, empty but for the delayed FP8 scales of Transformer Engine
+        delayed = module.config.fp8 is not None and module.config.fp8_recipe == "delayed"
+        out[f"model{index}"] = {k: v for k, v in state.items() if delayed or not k.endswith(LAYER_STATE)}
+    return out

@@ -39,6 +39,9 @@ WANTED = {
             f"{PT}.RMSNorm": ("__init__",),
             f"{PT}.ops.basic.rmsnorm.RMSNorm": ("__init__",),
             f"{PT}.LayerNorm": ("__init__",),
+            f"{PT}.ops.Sequential": ("__init__",),
+            f"{PT}.ops.FusibleOperation": (),
+            f"{PT}.module.base.TransformerEngineBaseModule": ("set_extra_state", "get_extra_state"),
             f"{PT}.DotProductAttention": ("__init__", "forward", "set_context_parallel_group"),
             f"{PT}.Fp8Padding": ("__init__", "forward"),
             f"{PT}.Fp8Unpadding": ("__init__", "forward"),
@@ -51,6 +54,7 @@ WANTED = {
             f"{PT}.fp8.FP8GlobalStateManager": ("is_fp8_enabled", "reset"),
             f"{PT}.quantization.get_align_size_for_quantization": (),
             f"{PT}.distributed.checkpoint": (),
+            f"{PT}.distributed.activation_recompute_forward": (),
             f"{PT}.distributed.CudaRNGStatesTracker": ("__init__", "reset", "set_states", "add"),
             f"{PT}.tensor.QuantizedTensor": ("dequantize",),
             f"{PT}.router.fused_topk_with_score_function": (),
@@ -61,6 +65,7 @@ WANTED = {
             f"{TE}.common.recipe.DelayedScaling": ("__init__",),
             f"{TE}.common.recipe.Float8CurrentScaling": ("__init__",),
             f"{TE}.common.recipe.Float8BlockScaling": ("__init__",),
+            f"{TE}.common.recipe.QParams": ("__init__",),
             f"{TE}.common.recipe.MXFP8BlockScaling": ("__init__",),
         },
     ),
@@ -96,9 +101,9 @@ def _described(source: Path, name: str, methods: tuple[str, ...]) -> dict[str, A
             found["drops_unknown"] = "from pydantic.dataclasses import dataclass" in path.read_text()
         else:
             raise KeyError(f"{name}.{method}: is not in {path}")
-    members = [t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets if isinstance(t, ast.Name)]
-    if any(ast.unparse(base) == "Enum" for base in node.bases):
-        found["members"] = members
+    plain = [t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets if isinstance(t, ast.Name)]
+    if plain:
+        found["attributes"] = plain  # of the class: an enumeration's members
     parameters = _parameters(bodies["__init__"]) if "__init__" in bodies else {}
     return found | ({"parameters": parameters} if parameters else {})
 
@@ -147,7 +152,7 @@ def _fields(path: Path, node: ast.ClassDef) -> list[str]:
     classes = {item.name: item for item in ast.parse(path.read_text()).body if isinstance(item, ast.ClassDef)}
     out = [f for base in node.bases if ast.unparse(base) in classes for f in _fields(path, classes[ast.unparse(base)])]
     for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             out.append(item.target.id + ("" if item.value is None else f"={_short(item.value)}"))
     return out
 

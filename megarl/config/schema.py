@@ -116,7 +116,8 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Learner and rollout precision; float64 is for comparisons on a learner alone (`megarl verify layouts`)."""
     layers: Literal["auto", "torch", "te"] = "auto"
-    """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
+    """Layer provider: PyTorch, Transformer Engine, or Transformer Engine where it is installed and takes the precision;
+    `megarl doctor` says which and why. Checkpoints are the same."""
     router_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the router's matrix product and softmax."""
     head_dtype: Literal["float32"] | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megarl import platform
-from megarl.config.schema import Config, Optimizer, Parallel
+from megarl.config.schema import Config, Model, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
 from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
@@ -24,6 +24,8 @@ from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.fp8 import recipe_of
 from megarl.models.layers.fp8_layers import FP8Layers
 from megarl.models.layers.lm_head import output_weight
+from megarl.models.layers.provider import choose
+from megarl.models.layers.te_fp8 import TEFP8
 from megarl.models.log_probs import linear_log_probs
 from megarl.models.moe.groups import keep_selection_bias
 from megarl.models.moe.replay import RoutingReplay, RowRouting
@@ -102,7 +104,7 @@ class Policy:
         for module in self._modules:
             keep_selection_bias(module)
         # after the wrapper, which would make bfloat16 of its float32 buffers
-        self.fp8 = FP8Layers.of(self._modules, cfg.model, spec, mesh)
+        self.fp8 = fp8_of(self._modules, cfg.model, spec, mesh)
         self.optimizer = self.schedule = None
         self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
@@ -408,15 +410,27 @@ class Policy:
         return share + 0.0 * read[0].sum(), metrics
 
 
+def fp8_of(chunks: Sequence[Any], model: Model, spec: ModelSpec, mesh: Mesh) -> FP8Layers | TEFP8 | None:
+    """What keeps FP8 in order in a built model, by its layer provider; None when the `model` section asks for none."""
+    recipe = recipe_of(model)
+    if recipe is None:
+        return None
+    kind = TEFP8 if choose(model).name == "te" else FP8Layers
+    return kind(chunks, recipe, model, spec, mesh)
+
+
 def batch_layout(spec: ModelSpec, cfg: Config, mesh: Mesh) -> BatchLayout:
     """How batches are shared out and packed for this model on this mesh."""
     recipe = recipe_of(cfg.model)
+    rows = 1 if recipe is None else recipe.rows
+    # Transformer Engine rounds each rank's part of the rows to FP8 and gathers that
+    row_multiple = mesh.tp * rows if choose(cfg.model).name == "te" else math.lcm(mesh.tp, rows)
     return BatchLayout(
         dp=mesh.dp,
         dp_rank=mesh.dp_rank,
         cp=mesh.cp,
         cp_rank=mesh.cp_rank,
-        row_multiple=mesh.tp if recipe is None else math.lcm(mesh.tp, recipe.rows),
+        row_multiple=row_multiple,
         count_multiple=mesh.pp if mesh.vpp else 1,
         attention=spec.attention_cost,
         equal_rows=spec.is_moe and cfg.parallel.dispatcher == "allgather",
