@@ -337,6 +337,11 @@ def _copied(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
 
 
 def _line(error: BaseException) -> str:
+    """What went wrong; of a chain of errors the system's own, which torch and Megatron hide behind theirs."""
+    chain, last = [error], error
+    while last := last.__cause__ or last.__context__:
+        chain.append(last)
+    error = next((one for one in chain if isinstance(one, OSError)), error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

@@ -48,4 +48,4 @@ def test_killed_at_any_moment_of_a_save_nothing_is_lost_and_nothing_half_written
 @pytest.mark.slow
 def test_killed_a_hundred_times(tmp_path):
     found = program(tmp_path / "run", kills=100)["killed"]
-    assert found["kills"] == 100 and found["partial"] > 20 and found["listed"] > 0
+    assert found["kills"] == 100 and found["partial"] > 20
