@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,11 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
+    def settle(self, seconds: float) -> None:
+        """Where a run ends early: give a save that is being written that long, however it goes."""
+        if self._pending is not None:
+            futures.wait([self._pending], seconds)
+
     def load_latest(self) -> int | None:
         """Restore the newest checkpoint that is whole and return its step; None when there is none at all. Collective.
 
@@ -115,7 +121,7 @@ class Checkpointer:
                 shutil.rmtree(leftover, ignore_errors=True)  # of a save that was killed
         found = self.mesh.broadcast_object(_steps(self.folder) if self.mesh.is_main else None)
         for path in reversed(found):
-            why = self._problem(path)
+            why = _problem(path, self.mesh)
             if why is None:
                 if not (path / manifest.MANIFEST).exists():
                     self.notes.append(f"note: {path} has no {manifest.MANIFEST}, an older megarl wrote it: not checked")
@@ -127,20 +133,6 @@ class Checkpointer:
             f"{self.folder}: no checkpoint is whole ({'; '.join(note.removeprefix('warning: ') for note in self.notes)}); "
             "restore one, or move the folder away to start again"
         )
-
-    def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint's files, of which every rank reads its share. Collective."""
-        listed = manifest.listed(path)
-        if isinstance(listed, str):
-            why = listed
-        elif listed is not None and STATE not in listed:
-            why = f"{manifest.MANIFEST} lists no {STATE}"
-        else:
-            names = sorted(listed or {})[self.mesh.rank :: self.mesh.world_size]
-            why = manifest.problem(path, {name: listed[name] for name in names})
-            if why is None and not (path / STATE).is_file():
-                why = f"no {STATE}"
-        return next(filter(None, self.mesh.all_gather_object(why)), None)
 
     def _load(self, path: Path) -> int:
         with damaged(path):
@@ -378,6 +370,31 @@ def _steps(folder: Path) -> list[Path]:
     """The `step_*` folders, whole or not, oldest first."""
     found = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
     return sorted((path for path, number in found.items() if number.isdecimal()), key=lambda path: int(found[path]))
+
+
+def _problem(path: Path, mesh: Mesh) -> str | None:
+    """What is wrong with a checkpoint's files, of which every rank reads its share. Collective."""
+    listed = manifest.listed(path)
+    if isinstance(listed, str):
+        why = listed
+    elif listed is not None and STATE not in listed:
+        why = f"{manifest.MANIFEST} lists no {STATE}"
+    else:
+        names = sorted(listed or {})[mesh.rank :: mesh.world_size]
+        why = manifest.problem(path, {name: listed[name] for name in names})
+        if why is None and not (path / STATE).is_file():
+            why = f"no {STATE}"
+    return next(filter(None, mesh.all_gather_object(why)), None)
+
+
+def check_whole(path: Path, mesh: Mesh) -> None:
+    """Raises BadInput when a file of a run's checkpoint is missing or not as it was written. Collective.
+
+    What has no manifest (`megarl convert` writes none) is taken as it is.
+    """
+    why = _problem(path, mesh) if (path / manifest.MANIFEST).exists() else None
+    if why:
+        raise BadInput(f"{path}: damaged: {why}; give another one")
 
 
 def _has_all(path: Path) -> bool:

@@ -54,6 +54,7 @@ def install() -> None:
     plain = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = _keep_step(plain)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_one_generator)
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(_not_the_first)
 
 
 def _move_to_cpu(plain: Any) -> Any:
@@ -183,6 +184,11 @@ def _say_fp8(plain: Any) -> Any:
 def _one_generator(record: logging.LogRecord) -> bool:
     """On a CPU both of Megatron's generators are the same object, so this one warning is expected at every fork."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _not_the_first(record: logging.LogRecord) -> bool:
+    """With plans kept from the save before no rank waits for another, and the main one may find a file of this save."""
+    return "Overwriting old incomplete" not in record.getMessage()
 
 
 class _NoCount:

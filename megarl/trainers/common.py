@@ -117,6 +117,7 @@ class Loop:
         self.total = self.display.total = step
 
     def close(self) -> None:
+        self.checkpointer.settle(self.cfg.log.grace_seconds)
         self.display.close()
         self.writer.close()
 

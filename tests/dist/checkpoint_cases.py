@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def failing_on_one_rank(path: str, folder: str, parallel: dict[str, Any]) -> dic
         try:
             checkpointer.save(2, wait)
             while checkpointer._pending is not None:
+                time.sleep(0.01)
                 checkpointer.poll()
             out[name] = "nothing"
         except RunFailed as error:
@@ -160,9 +162,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def damaged_newest(path: str, folder: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    """For each of `DAMAGE` to the newest of two: the step that is restored and what is said; then with both damaged.
+    """What is found wrong with the newest of two checkpoints after each of `DAMAGE`.
 
-    Then of one without a manifest, and what retention leaves of the fallback's next save.
+    Then the step that is restored, whether it is the first one's state, and what is said: with the newest damaged, with
+    both, without a manifest; and what retention leaves of the next save.
     """
     policy, mesh, step = _trained(path, parallel)
     good = Path(f"{folder}-good")
@@ -173,37 +176,36 @@ def damaged_newest(path: str, folder: str, parallel: dict[str, Any]) -> dict[str
     checkpointer.save(2)
     out: dict[str, Any] = {}
 
-    def load(name: str, *damage: Callable[[], None], keep: int = 2) -> Checkpointer:
+    def copied(name: str, *changes: Callable[[Path], None]) -> str:
         own = Path(f"{folder}-{name}")
         if mesh.is_main:
             shutil.copytree(good, own)
-            for one in damage:
-                one(own)
+            for change in changes:
+                change(own)
         mesh.barrier()
-        again = _checkpointer(str(own), mesh, policy, keep)
+        return str(own)
+
+    def load(name: str, *changes: Callable[[Path], None]) -> Checkpointer:
+        again = _checkpointer(copied(name, *changes), mesh, policy, keep=1)
         try:
-            found = again.load_latest()
-            out[name] = [found, digest(policy) == first, again.notes]
+            out[name] = [again.load_latest(), digest(policy) == first, again.notes]
         except BadInput as error:
             out[name] = [None, False, [str(error)]]
         return again
 
+    def left_by(checkpointer: Checkpointer, step: int) -> list[str]:
+        checkpointer.save(step)
+        return sorted(path.name for path in checkpointer.folder.iterdir())
+
     for name, damage in DAMAGE.items():
-        load(name, lambda own, damage=damage: damage(own / "step_000002"))
+        own = copied(name, lambda own, damage=damage: damage(own / "step_000002"))
+        out[name] = checkpoint._problem(Path(own) / "step_000002", mesh)
     both = [lambda own, step=step: DAMAGE["flipped"](own / f"step_00000{step}") for step in (1, 2)]
     load("both", *both)
     load("unlisted", lambda own: (own / "step_000002" / "manifest.json").unlink())
-    fallen = load("kept", lambda own: DAMAGE["flipped"](own / "step_000002"), keep=1)
-    fallen.save(2)
-    out["kept then"] = [fallen.load_latest(), sorted(path.name for path in fallen.folder.iterdir())]
-    load(
-        "later",
-        lambda own: (own / "step_000002").rename(own / "step_000009"),
-        lambda own: DAMAGE["missing"](own / "step_000009"),
-    )
-    (again := _checkpointer(f"{folder}-later", mesh, policy, keep=1)).load_latest()
-    again.save(3)
-    out["later then"] = [again.load_latest(), sorted(path.name for path in again.folder.iterdir())]
+    out["newest then"] = left_by(load("newest", lambda own: DAMAGE["flipped"](own / "step_000002")), 2)
+    later = lambda own: (own / "step_000002").rename(own / "step_000009")  # noqa: E731
+    out["later then"] = left_by(load("later", later, lambda own: DAMAGE["missing"](own / "step_000009")), 3)
     return out
 
 

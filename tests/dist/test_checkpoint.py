@@ -81,7 +81,7 @@ SAID = {
     "flipped": "shards/__0_0.distcp has another checksum",
     "metadata": "shards/.metadata has another checksum",
     "missing": "shards/__1_0.distcp: No such file",
-    "state": "state.json: No such file",
+    "state": "no state.json",
     "manifest": "manifest.json cannot be read",
     "outside": "manifest.json: ../step_000001/state.json is not an entry of it",
     "empty": "no state.json",
@@ -89,12 +89,15 @@ SAID = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_last_whole_checkpoint_is_found_behind_a_damaged_one(saved, damage):
-    for step, same, notes in (rank[damage] for rank in saved[2]["damaged_newest"]):
+def test_each_kind_of_damage_is_found_by_every_rank(saved, damage):
+    for rank in saved[2]["damaged_newest"]:
+        assert rank[damage].startswith(SAID[damage])
+
+
+def test_the_last_whole_checkpoint_is_found_behind_a_damaged_one(saved):
+    for step, same, notes in (rank["newest"] for rank in saved[2]["damaged_newest"]):
         assert (step, same, len(notes)) == (1, True, 1)
-        assert (
-            notes[0].startswith("warning: ") and "step_000002 is damaged and passed over: " + SAID[damage] in notes[0]
-        )
+        assert notes[0].startswith("warning: ") and "step_000002 is damaged and passed over: shards/__0_0" in notes[0]
 
 
 def test_without_a_whole_checkpoint_nothing_is_restored(saved):
@@ -110,8 +113,10 @@ def test_a_checkpoint_without_a_manifest_is_restored_with_a_note(saved):
 
 def test_retention_counts_whole_checkpoints_only(saved):
     for rank in saved[2]["damaged_newest"]:
-        assert rank["kept"][0] == 1 and rank["kept then"] == [2, ["step_000002"]]  # the damaged one is replaced
-        assert rank["later"][0] == 1 and rank["later then"] == [3, ["step_000003"]]  # its number is higher
+        assert rank["newest"][0] == 1 and rank["newest then"] == ["step_000002"]  # the damaged one is replaced
+        assert rank["later"][0] == 1 and rank["later then"] == [
+            "step_000003"
+        ]  # its number is higher, its files are not there
 
 
 def test_a_checkpoint_of_an_optimizer_that_has_not_stepped(saved):
