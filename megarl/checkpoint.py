@@ -188,23 +188,19 @@ class Checkpointer:
             )
         shards = self._sharded()
         live = {item.data.untyped_storage().data_ptr() for item in nested_values(shards) if _has_tensor(item)}
+        unchecked = self._strategy.cached_central_plan is None  # the saves after the first one have the same tensors
         try:
             dist_checkpointing.save(
-                shards,
-                str(save.partial / SHARDS),
-                self._strategy,
-                validate_access_integrity=self._strategy.cached_central_plan
-                is None,  # once: the next ones are the same
-                async_sharded_save=True,
+                shards, str(save.partial / SHARDS), self._strategy, None, unchecked, async_sharded_save=True
             )
         except (OSError, RuntimeError) as error:  # on the main rank alone, which writes a file here
             raise self._failed(save, _line(error)) from error
         save.writer, save.metadata = self._strategy.planned()
-        if copy:
-            save.writer.write_buckets = [
-                (path, name, (data, [(item, _copied(tensor, live)) for item, tensor in tensors]))
-                for path, name, (data, tensors) in save.writer.write_buckets
-            ]
+        shared = live if copy else set()
+        save.writer.write_buckets = [
+            (path, name, (data, [(item, _on_host(tensor, shared)) for item, tensor in tensors]))
+            for path, name, (data, tensors) in save.writer.write_buckets
+        ]
         return save
 
     def _write(self, save: _Save) -> None:
@@ -320,10 +316,10 @@ def _has_tensor(item: Any) -> bool:
     return isinstance(getattr(item, "data", None), torch.Tensor)
 
 
-def _copied(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
-    """On the host, in memory of its own. `Tensor.to("cpu")` copies nothing on a CPU, so that a step taken during the save
-    would be in it; Megatron copies views only."""
-    if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in live:
+def _on_host(tensor: torch.Tensor, shared: set[int]) -> torch.Tensor:
+    """On the host, and not in one of the `shared` memories: `Tensor.to("cpu")` copies nothing on a CPU, and Megatron copies
+    views only, so that a step taken during the save would be in it."""
+    if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in shared:
         return tensor
     return tensor.to("cpu", copy=True)
 
@@ -361,7 +357,9 @@ def _changes(what: str, was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)] if was else []
     if not names:
         return []
-    shown = [f"{name} {was.get(name)} -> {now.get(name)}" for name in names[:5]]
+    shown = [  # parameters of rewards can be secrets
+        name if ".params." in name else f"{name} {was.get(name)} -> {now.get(name)}" for name in names[:5]
+    ]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return [f"note: other {what} than the checkpoint's, so that the run is another one: {', '.join(shown)}{more}"]
 

@@ -91,7 +91,7 @@ def result(work: Callable[[], Any]) -> Any:
     with os.fdopen(end) as lines:
         said = lines.read().splitlines()
     _, status = os.waitpid(process, 0)
-    assert status == 0, f"a child failed: {os.waittatus_to_exitcode(status)}"
+    assert status == 0, f"a child failed: {os.waitstatus_to_exitcode(status)}"
     return json.loads(said[-1])
 
 
