@@ -358,7 +358,7 @@ def _changes(what: str, was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not names:
         return []
     shown = [  # parameters of rewards can be secrets
-        name if ".params." in name else f"{name} {was.get(name)} -> {now.get(name)}" for name in names[:5]
+        name if ".params." in name else f"{name} {was.get(name)!s:.60} -> {now.get(name)!s:.60}" for name in names[:5]
     ]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return [f"note: other {what} than the checkpoint's, so that the run is another one: {', '.join(shown)}{more}"]

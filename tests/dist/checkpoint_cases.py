@@ -200,6 +200,10 @@ def damaged_newest(path: str, folder: str, parallel: dict[str, Any]) -> dict[str
     for name, damage in DAMAGE.items():
         own = copied(name, lambda own, damage=damage: damage(own / "step_000002"))
         out[name] = checkpoint._problem(Path(own) / "step_000002", mesh)
+    try:
+        checkpoint.check_whole(Path(own) / "step_000002", mesh)
+    except BadInput as error:
+        out["converted"] = str(error)
     both = [lambda own, step=step: DAMAGE["flipped"](own / f"step_00000{step}") for step in (1, 2)]
     load("both", *both)
     load("unlisted", lambda own: (own / "step_000002" / "manifest.json").unlink())

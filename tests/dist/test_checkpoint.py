@@ -94,6 +94,11 @@ def test_each_kind_of_damage_is_found_by_every_rank(saved, damage):
         assert rank[damage].startswith(SAID[damage])
 
 
+def test_a_damaged_checkpoint_is_not_converted(saved):
+    for rank in saved[2]["damaged_newest"]:
+        assert "step_000002: damaged: no state.json; give another one" in rank["converted"]
+
+
 def test_the_last_whole_checkpoint_is_found_behind_a_damaged_one(saved):
     for step, same, notes in (rank["newest"] for rank in saved[2]["damaged_newest"]):
         assert (step, same, len(notes)) == (1, True, 1)

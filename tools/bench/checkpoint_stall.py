@@ -55,7 +55,8 @@ def rank(config: str, rounds: int, out: str) -> None:
         trainer.loop.close()
         every = trainer.mesh.all_gather_object(rows)
         if trainer.mesh.is_main:
-            size = sum(f.stat().st_size for f in (saver.folder / f"step_{number:06d}").rglob("*") if f.is_file())
+            newest = max(saver.folder.glob("step_*"))
+            size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
             Path(out).write_text(json.dumps({"ranks": every, "bytes": size}))
 
 
