@@ -12,12 +12,12 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vs_trl import HERE, ROOT, WORK, ensure_model, megarl_config
 
 PLAIN, BEHIND, BESIDE, WAITED = range(4)
@@ -40,16 +40,16 @@ def rank(config: str, rounds: int, out: str) -> None:
         for number in range(1, 4 * (rounds + 1) + 1):
             kind = number % 4
             trainer.mesh.barrier()
-            start = time.perf_counter()
+            start = clocks()
             trainer.step(number)
-            stepped = time.perf_counter()
+            stepped = clocks()
             if kind in (BEHIND, WAITED):
                 saver.save(number, wait=kind == WAITED)
             else:
                 saver.poll()
-            ended = time.perf_counter()
+            step, boundary = stepped - start, clocks() - stepped
             rows.append(
-                {"kind": kind, "step": stepped - start, "boundary": ended - stepped, "busy": bool(saver._pending)}
+                {"kind": kind, "step": step.tolist(), "boundary": boundary.tolist(), "busy": bool(saver._pending)}
             )
         saver.finish()
         trainer.loop.close()
@@ -60,28 +60,35 @@ def rank(config: str, rounds: int, out: str) -> None:
             Path(out).write_text(json.dumps({"ranks": every, "bytes": size}))
 
 
+def clocks() -> np.ndarray:
+    """Seconds on the wall, and of CPU time of all threads of this rank."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def table(found: dict[str, Any]) -> list[str]:
     """Medians over the rounds after the first, of the slower rank at each place."""
-    rows = [max(ranks, key=lambda row: row["step"] + row["boundary"]) for ranks in zip(*found["ranks"], strict=True)][
-        4:
+    rows = [
+        max(ranks, key=lambda row: row["step"][0] + row["boundary"][0]) for ranks in zip(*found["ranks"], strict=True)
     ]
+    rows = rows[4:]
 
-    def median(name: str, *kinds: int) -> float:
-        return statistics.median(row[name] for row in rows if row["kind"] in kinds)
+    def median(name: str, *kinds: int) -> np.ndarray:
+        return np.median([row[name] for row in rows if row["kind"] in kinds], axis=0)
 
     step, quiet = median("step", PLAIN, BEHIND, WAITED), median("boundary", PLAIN)
     behind, waited = (median("boundary", kind) - quiet for kind in (BEHIND, WAITED))
     slower = median("step", BESIDE) - step
-    late = sum(row["busy"] for row in rows if row["kind"] == BESIDE)
-    rounds = len(rows) // 4
-    return [
-        f"checkpoint {found['bytes'] / 1e6:.0f} MB, step {step:.2f} s, {rounds} rounds",
-        "| save | holds up at the boundary | makes the next step longer | together, of a step |",
-        "|---|---|---|---|",
-        f"| waited for | {waited:.3f} s | | {waited / step:.1%} |",
-        f"| by a thread | {behind:.3f} s | {slower:+.3f} s | {(behind + slower) / step:.1%} |",
-        f"not written yet at the end of the next step: {late} of {rounds}",
+    late, rounds = sum(row["busy"] for row in rows if row["kind"] == BESIDE), len(rows) // 4
+    lines = [
+        f"checkpoint {found['bytes'] / 1e6:.0f} MB, step {step[0]:.2f} s, {step[1]:.2f} s of CPU a rank, {rounds} rounds",
+        "| save | seconds | holds up at the boundary | makes the next step longer | boundary, of a step | together, of a step |",
+        "|---|---|---|---|---|---|",
     ]
+    for place, kind in enumerate(("wall", "CPU")):
+        a, b, c, d = (x[place] for x in (waited, behind, slower, step))
+        lines.append(f"| waited for | {kind} | {a:.3f} | | {a / d:.1%} | {a / d:.1%} |")
+        lines.append(f"| by a thread | {kind} | {b:.3f} | {c:+.3f} | {b / d:.1%} | {(b + c) / d:.1%} |")
+    return [*lines, f"not written yet at the end of the next step: {late} of {rounds}"]
 
 
 def main() -> None:
