@@ -26,15 +26,9 @@ LARGEST = 100_000_000  # parameters of a model that is trained itself
 STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C, SIGTERM
 # of what takes long, no more than this
 SMALLER = {"batch_size": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "optimizer_steps_per_rollout": 2}
-SMALLER |= {"max_response_tokens": 16, "micro_batch_tokens": 4096}
-SMALL_MODEL = {
-    "num_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_experts": 8,
-}
-SMALL_MODEL |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "top_k": 4}
+MOST_TOKENS = 16  # of a response
+SMALL_MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+SMALL_MODEL |= {"num_experts": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "top_k": 4}
 ROWS = 40  # of generated data, so that an epoch ends within the steps
 
 
@@ -62,19 +56,21 @@ def verify_resume(cfg: Config, steps: int = STEPS, command: Sequence[str] = (sys
     if steps < 2:
         raise BadInput(f"--steps {steps}: a run of at least 2 steps can be resumed")
     scratch = Path(tempfile.mkdtemp(prefix="megarl-resume-"))
-    small, title = _smaller(cfg, steps, scratch)
-    print(f"{title}; {steps} steps, resumed in a new process after each", flush=True)
-    arms = [Arm(scratch / "straight", None), Arm(scratch / "stopped", 1)]
-    for arm in arms:
-        arm.folder.mkdir()
-        for name in parts:
-            for start in range(steps if arm.steps else 1):
-                _run(small, arm, name, start, command)
-    counts = [
-        f"{name}: {_compare(*(arm.part(name) for arm in arms))}" for name in parts
-    ]  # imports torch: after all runs
-    shutil.rmtree(scratch)
-    print("\n".join(counts))
+    try:
+        small, title = _smaller(cfg, steps, scratch)
+        print(f"{title}; {steps} steps, resumed in a new process after each", flush=True)
+        arms = [Arm(scratch / "straight", None), Arm(scratch / "stopped", 1)]
+        for arm in arms:
+            arm.folder.mkdir()
+            for name in parts:
+                for start in range(steps if arm.steps else 1):
+                    _run(small, arm, name, start, command)
+                print(f"{name}: {'stopped and resumed' if arm.steps else 'without a stop'}", flush=True)
+        for name in parts:  # imports torch: after all runs
+            print(f"{name}: equal: {_compare(*(arm.part(name) for arm in arms))}", flush=True)
+    finally:
+        if sys.exc_info()[0] is not RunFailed:  # the runs say more
+            shutil.rmtree(scratch)
     print("stopped and resumed is bit-identical to not stopped")
 
 
@@ -85,19 +81,17 @@ def _run(cfg: Config, arm: Arm, part: str, start: int, command: Sequence[str]) -
     changes["resume"] = "auto" if start else "never"
     file = arm.folder / f"{part}_{start}.yaml"
     file.write_text(dump_config(cfg.model_copy(update=changes)))
-    log = file.with_suffix(".log")
+    log, words = file.with_suffix(".log"), [*command, PARTS[part], str(file)]
     with log.open("w") as out:
-        words = [*command, PARTS[part], str(file)]
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, text=True, check=False
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.PIPE}
+        done = subprocess.run(words, text=True, check=False, **pipes)
     if done.returncode in STOPPED:
         raise SystemExit(done.returncode)
     if done.returncode:
         line = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: ")
-        raise (BadInput if done.returncode == 2 else RunFailed)(
-            f"verify resume: {' '.join(words)}: {line} (output: {log})"
-        )
+        if done.returncode == 2:
+            raise BadInput(f"verify resume: megarl {PARTS[part]}: {line}")
+        raise RunFailed(f"verify resume: megarl {PARTS[part]}: {line} (output: {log})")
 
 
 def _smaller(cfg: Config, steps: int, scratch: Path) -> tuple[Config, str]:
@@ -106,18 +100,14 @@ def _smaller(cfg: Config, steps: int, scratch: Path) -> tuple[Config, str]:
     for name in PARTS:
         section = getattr(cfg, name)
         if section is not None:
-            least = {
-                field: min(most, getattr(section, field)) for field, most in SMALLER.items() if hasattr(section, field)
-            }
-            data = {
-                field: _fewer(getattr(section, field)) for field in ("data", "validation") if hasattr(section, field)
-            }
+            fields = {field: getattr(section, field) for field in type(section).model_fields}
+            least = {field: min(most, fields[field]) for field, most in SMALLER.items() if field in fields}
+            data = {field: _fewer(fields[field]) for field in ("data", "validation") if field in fields}
             changes[name] = section.model_copy(update=least | data | {"steps": steps})
-    longest = min(SMALLER["max_response_tokens"], cfg.rollout.max_response_tokens)
+    longest = min(MOST_TOKENS, cfg.rollout.max_response_tokens)
     changes["rollout"] = cfg.rollout.model_copy(update={"max_response_tokens": longest})
-    changes["log"] = cfg.log.model_copy(
-        update={"tensorboard": False, "wandb": None, "rollouts_every": 1, "profile_steps": []}
-    )
+    quiet = {"tensorboard": False, "wandb": None, "rollouts_every": 1, "profile_steps": []}
+    changes["log"] = cfg.log.model_copy(update=quiet)
     changes["export"] = cfg.export.model_copy(update={"every": 0})
     model, title = _model(cfg, scratch)
     return cfg.model_copy(update=changes | {"model": model}), title
@@ -143,9 +133,8 @@ def _model(cfg: Config, scratch: Path) -> tuple[Any, str]:
         generate = cfg.model.generate
         fewer = {name: min(most, getattr(generate, name)) for name, most in SMALL_MODEL.items()}
         changed = {"path": str(scratch / "model"), "generate": generate.model_copy(update=fewer)}
-        return cfg.model.model_copy(
-            update=changed
-        ), f"{path}: {parameters / 1e9:.1f}B parameters are too many here; a small one"
+        title = f"{path}: {parameters / 1e9:.1f}B parameters are too many here; fewer in their place"
+        return cfg.model.model_copy(update=changed), title
     small = replace(shrunken(cfg), vocab_size=spec.vocab_size, max_position_embeddings=spec.max_position_embeddings)
     if not spec.kv_lora_rank:  # a head that vLLM serves on a CPU
         small = replace(small, head_dim=32, rope=replace(small.rope, width=2 * small.rope.width))

@@ -79,7 +79,7 @@ def test_the_command_proves_it_in_new_processes(warm: Project, preset: str):
     done = warm.megarl("verify", "resume", warm.config, f"rl.algorithm={{preset: {preset}}}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.splitlines()[-1] == "stopped and resumed is bit-identical to not stopped"
-    assert done.stdout.count(": 3 steps of metrics, ") == 2  # sft and rl
+    assert done.stdout.count(": equal: 3 steps of metrics, ") == 2  # sft and rl
 
 
 @pytest.mark.timeout(600)
