@@ -138,11 +138,11 @@ class Checkpointer:
         with damaged(path):
             state = json.loads((path / STATE).read_text())
             loaded = dist_checkpointing.load(self._sharded(is_loading=True), str(path / SHARDS))
-            for name, policy in self.policies.items():
-                _load_policy(policy, loaded[name])
-                policy.updates = state["updates"][name]
-                if policy.schedule is not None:
-                    policy.schedule.load_state_dict(state["schedules"][name])
+        for name, policy in self.policies.items():
+            _load_policy(policy, loaded[name])
+            policy.updates = state["updates"][name]
+            if policy.schedule is not None:
+                policy.schedule.load_state_dict(state["schedules"][name])
         for name, owner in self.owners.items():
             if name not in state["owners"]:
                 raise BadInput(f"{path}: holds no state of {name}; it was written by another command")
