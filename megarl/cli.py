@@ -352,6 +352,30 @@ def conversion_rank(folder: Path, name: str) -> None:
     _work(work)
 
 
+@verify_app.command(name="resume")
+def verify_resume(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each part; the run is resumed after each.")] = 3,
+    nproc: Nproc = None,
+) -> None:
+    """Run every part of the project with and without a stop after each step, on small batches: every bit must agree.
+
+    Weights, optimizer, random generators, data position, metrics and trajectories. Exit code 1 on a difference.
+
+    Example: [bold]megarl verify resume configs/cpu/quickstart.yaml rl.algorithm.preset=dapo[/bold]
+    """
+    from megarl.config import load_config
+
+    if launcher.is_rank():
+        raise BadInput("verify resume starts its own ranks: run it without torchrun")
+    given = [*(overrides or ()), *([f"parallel.nproc={nproc}"] if nproc else [])]
+    cfg = load_config(config, given, require="model")
+    from megarl.verify import resume
+
+    resume.verify_resume(cfg, steps)
+
+
 @verify_app.command(name="algorithms")
 def verify_algorithms(
     vectors: Annotated[

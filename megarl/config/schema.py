@@ -468,7 +468,12 @@ class Checkpoint(Section):
     every: NonNegative = 50
     """Steps between checkpoints; 0 = only at the end."""
     keep: Positive = 2
-    """How many are kept."""
+    """How many are kept; the newest whole one always is."""
+    async_save: bool = False
+    """Copy what is saved, at the cost of its memory on the host, and write it while the run goes on; a failure ends the run
+    at the next step boundary."""
+    stop_after: Positive | None = None
+    """Steps after which a start of a run saves and ends, for another start with resume=auto to go on; none: it goes on."""
 
 
 class Export(Section):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megarl import __version__
-from megarl.checkpoint import model_role
+from megarl.checkpoint import check_whole, model_role
 from megarl.config import load_config
 from megarl.config.schema import Model, Parallel
 from megarl.convert import family, read_spec
@@ -79,6 +79,7 @@ class _Job:
         model = model_of_checkpoint(self.source)
         side, spec = Path(model.path), read_spec(model.path)
         mesh = Mesh.build(self.parallel)
+        check_whole(self.source, mesh)
         role = model_role(self.source / SHARDS)
         spec = replace(spec, head="scalar" if role == "reward" else "lm")
         weights = checkpoint_weights(self.source / SHARDS, self._empty(spec, model, mesh), spec, role)

@@ -62,7 +62,8 @@ class Loop:
     def open(cls, cfg: Config, mesh: Mesh, part: str, total: int, register: dict[str, Any]) -> Loop:
         """Restore the newest checkpoint when `resume` is auto, and open the sinks after it. Collective."""
         folder = Path(cfg.run_dir) / part
-        checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep)
+        settings = cfg.model_dump(mode="json")
+        checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep, settings)
         clock = Clock()
         for name, owner in {**register, "clock": clock}.items():
             checkpointer.register(name, owner)
@@ -73,13 +74,15 @@ class Loop:
             resume_step=resumed,
             tensorboard=cfg.log.tensorboard,
             wandb=cfg.log.wandb,
-            config=cfg.model_dump(mode="json"),
+            config=settings,
         )
         display = Display(part, total, start=resumed or 0, is_main=mesh.is_main, stream=launcher.terminal())
         phases = Phases(on_enter=display.phase, synchronize=platform.synchronize)
         loop = cls(
             cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, clock, total, resumed or 0
         )
+        for note in checkpointer.notes:
+            display.note(note)
         if resumed:
             display.note(f"{part}: resumed after step {resumed} from {folder / 'checkpoints'}")
         return loop
@@ -89,19 +92,22 @@ class Loop:
 
         The stop flag is reduced over the ranks here, at the step boundary, and a checkpoint is written before leaving.
         """
-        saved = self.done
+        saved = start = self.done
         while self.done < self.total:
             with _profiled(self.cfg.log.profile_steps, self.done + 1, self.folder, self.mesh):
                 metrics = {**step(self.done + 1), "clock/seconds": self.clock.seconds()}
             self.done += 1
             self.writer.write(self.done, metrics)
             self.display.update(self.done, metrics)
-            stopping = self.mesh.any(self.stop.requested)
+            stopping = self.mesh.any(self.stop.requested) or self.done - start == self.cfg.checkpoint.stop_after
             every = self.cfg.checkpoint.every
             if stopping or self.done == self.total or (every and self.done % every == 0):
+                last = stopping or self.done == self.total
                 with self.phases("checkpoint"), self.around_checkpoint():
-                    self.checkpointer.save(self.done)
+                    self.checkpointer.save(self.done, wait=last or not self.cfg.checkpoint.async_save)
                 saved = self.done
+            else:
+                self.checkpointer.poll()
             if stopping and self.done < self.total:
                 self.display.note(f"stopped after step {saved}; set resume=auto to continue")
                 return False
@@ -113,6 +119,7 @@ class Loop:
         self.total = self.display.total = step
 
     def close(self) -> None:
+        self.checkpointer.settle(self.cfg.log.grace_seconds)
         self.display.close()
         self.writer.close()
 

@@ -271,3 +271,47 @@ def _train_to_nan(trainer: Any) -> dict[str, Any]:
     replayed = trainer.policy.train_step(batches, plain)
     return {"said": said, "unchanged": same, "kept": str(kept), "tokens": sum(m.batch.tokens.numel() for m in batches),
             "replayed": replayed.applied}  # fmt: skip
+
+
+def resume_presets(config: str, presets: dict[str, list[str]]) -> dict[str, Any]:
+    """Each preset with its overrides without a stop, and stopped and resumed after every step by trainers made anew.
+
+    By preset: the rows of metrics.jsonl, the trajectories and a digest of this rank's weights and optimizers, of both.
+    """
+    from megarl import platform
+
+    platform.setup()
+    from megarl.config import load_config
+    from megarl.metrics import read_jsonl
+    from megarl.parallel import Mesh
+    from megarl.rewards import RewardRunner
+    from megarl.trainers import rl
+    from tests.dist.checkpoint_cases import digest
+
+    cfg = load_config(config)
+    _one_engine(rl)
+
+    def train(run_dir: str, overrides: list[str], starts: int) -> list[Any]:
+        each = ["checkpoint.stop_after=1"] if starts > 1 else []
+        for start in range(starts):
+            more = [*each, "resume=auto"] if start else each
+            trainer = rl.RLTrainer(load_config(config, [f"run_dir={run_dir}", *overrides, *more]), mesh, rewards)
+            try:
+                trainer.prepare()
+                ended = trainer.loop.run(trainer.step)
+                assert ended == (start == starts - 1)
+            finally:
+                trainer.loop.close()
+        folder = Path(run_dir) / "rl"
+        sampled = {path.name: path.read_text() for path in sorted((folder / "rollouts").iterdir())}
+        models = [trainer.policy, *([trainer.critic] if trainer.critic else [])]
+        return [read_jsonl(folder / "metrics.jsonl"), sampled, [digest(model) for model in models]]
+
+    out = {}
+    with RewardRunner(cfg.reward) as rewards:
+        mesh = Mesh.build(cfg.parallel)
+        for preset, overrides in presets.items():
+            own = [f"rl.algorithm.preset={preset}", *overrides]
+            runs = [train(f"{cfg.run_dir}-{preset}-{starts}", own, starts) for starts in (1, cfg.rl.steps)]
+            out[preset] = runs
+    return out

@@ -90,7 +90,7 @@ class Project:
             "rollout": {"max_response_tokens": 6},
             "reward": {"type": "reasoning_gym"},
             "eval": {"data": [sums(size=40, seed=99)]},
-            "checkpoint": {"every": 2, "keep": 2},
+            "checkpoint": {"every": 2, "keep": 2, "async_save": True},
         }
 
     def rows(self, file: str = "rl/metrics.jsonl") -> list[dict[str, Any]]:
