@@ -49,7 +49,7 @@ def main() -> None:
     except BadInput as e:
         code = _fail(str(e), 2)
     except RunFailed as e:
-        code = _fail(str(e), 1)
+        code = _fail(_placed(str(e)), 1)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -90,10 +90,21 @@ def _fail_unexpectedly(error: Exception) -> int:
     line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if launcher.is_rank():
         print(text, file=sys.stderr, flush=True)
-        return _fail(line, 1)
+        return _fail(_placed(line, error), 1)
     with tempfile.NamedTemporaryFile("w", prefix="megarl-", suffix=".log", delete=False) as log:
         log.write(text)
     return _fail(f"{line} (traceback: {log.name})", 1)
+
+
+def _placed(line: str, error: Exception | None = None) -> str:
+    """An error's line with the step and the phase in which a rank of a run met it."""
+    watchdog = sys.modules.get("megarl.trainers.watchdog")
+    return line if watchdog is None else watchdog.placed(line, error)
+
+
+def _resumed(overrides: list[str] | None) -> list[str]:
+    """Overrides of a command that trains: ranks that were started again go on from the newest checkpoint."""
+    return [*(overrides or ()), *(["resume=auto"] if launcher.is_rank() and launcher.restarts() else [])]
 
 
 def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any]) -> None:
@@ -107,7 +118,10 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
         launcher.free_port()
         run = prepare_run_dir(config, part)
         command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
-        code = launcher.launch(command, ranks, logs, config.log.grace_seconds)
+        log, again = config.log, config.parallel.max_restarts
+        code = launcher.launch(
+            command, ranks, logs, log.grace_seconds, warned_grace_seconds=log.warned_grace_seconds, max_restarts=again
+        )
         if code == 2:
             run.discard()
         raise typer.Exit(code)
@@ -115,19 +129,26 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
     if not launcher.launched_locally() and os.environ["RANK"] == "0":
         prepare_run_dir(config, part)
     launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")
-    _work(work)
+    from megarl.trainers.watchdog import Watchdog
+
+    Watchdog(part, logs, config.watchdog)
+    calm, warned = config.log.grace_seconds, config.log.warned_grace_seconds
+    _work(work, {signal.SIGINT: calm, signal.SIGTERM: warned, signal.SIGUSR1: warned})
 
 
-def _work(work: Callable[[], Any]) -> None:
+def _work(work: Callable[[], Any], grace: dict[int, float] | None = None) -> None:
     from megarl import platform
     from megarl.platform.signals import StopSignal
+    from megarl.trainers.watchdog import Watchdog
 
-    stop = StopSignal.install()
+    stop = StopSignal.install(grace)
     platform.setup()
     try:
         work()
     except (EOFError, OSError) as e:  # the command line library takes these for the end of its own input and output
         raise RuntimeError(f"{type(e).__name__}: {e}") from e
+    if Watchdog.current is not None:
+        Watchdog.current.close()
     if stop.requested:
         raise typer.Exit(stop.exit_code)
 
@@ -140,7 +161,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) ->
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="sft")
+    cfg = load_config(config, _resumed(overrides), require="sft")
 
     def work() -> None:
         from megarl.trainers import sft as trainer
@@ -158,7 +179,7 @@ def reward_model(config: ConfigFile, overrides: Overrides = None, nproc: Nproc =
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="reward_model")
+    cfg = load_config(config, _resumed(overrides), require="reward_model")
 
     def work() -> None:
         from megarl.trainers import reward_model as trainer
@@ -184,7 +205,7 @@ def train(
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="rl")
+    cfg = load_config(config, _resumed(overrides), require="rl")
     _check_reward(cfg)
     if from_rollouts is not None and not from_rollouts.exists():
         raise BadInput(f"--from-rollouts {from_rollouts}: no such folder; give the rollouts/ folder of a run")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -175,6 +175,9 @@ class Parallel(Section):
     """Gather updated parameters while the next forward pass runs; needs the two above."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A collective that takes longer ends the job."""
+    max_restarts: NonNegative = 0
+    """How often local ranks are started again, from the newest checkpoint, when one has failed (`torchrun --max-restarts`
+    otherwise)."""
 
 
 class Optimizer(Section):
@@ -469,6 +472,31 @@ class Log(Section):
     """Steps recorded with the PyTorch profiler into profile/."""
     grace_seconds: Annotated[float, Field(ge=0)] = 8
     """How long Ctrl-C waits for the end of the step."""
+    warned_grace_seconds: Annotated[float, Field(ge=0)] = 25
+    """How long SIGTERM or SIGUSR1 waits for it: the warning of a scheduler, which kills after some time of its own."""
+
+
+PHASES = (
+    "start", "between_phases", "data", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "update",
+    "sync", "eval", "validation", "checkpoint", "export",
+)  # fmt: skip
+
+
+class Watchdog(Section):
+    """Ends a job that hangs: every rank's stack goes into its log, and one line says where each of them was."""
+
+    seconds: Annotated[float, Field(ge=0)] = 3600
+    """How long a rank may be in one phase of a step, or between two; 0: as long as it takes."""
+    phases: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Limits of single phases, by the names of the `time/` metrics, `start` or `between_phases`: {generate: 7200}."""
+
+    @field_validator("phases")
+    @classmethod
+    def _known(cls, phases: dict[str, float]) -> dict[str, float]:
+        for name in phases:
+            if name not in PHASES:
+                raise ValueError(f"{name} is no phase; set one of {', '.join(PHASES)}")
+        return phases
 
 
 class Study(Section):
@@ -519,6 +547,8 @@ class Config(Section):
     """Hugging Face exports."""
     log: Log = Log()
     """What is written beside the console."""
+    watchdog: Watchdog = Watchdog()
+    """The end of a run that hangs."""
     study: Study | None = None
     """Comparisons over several runs (`megarl study`); none: as they are by default."""
 

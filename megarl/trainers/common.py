@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from megarl.metrics import Max, Metric, Sum, Writer, open_writer
 from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.platform.signals import StopSignal
-from megarl.trainers.display import Display, Phases
+from megarl.trainers.display import Display, Phases, task
+from megarl.trainers.watchdog import Watchdog
 from megarl.types import MicroBatch
 
 
@@ -74,7 +76,14 @@ class Loop:
             config=cfg.model_dump(mode="json"),
         )
         display = Display(part, total, start=resumed or 0, is_main=mesh.is_main, stream=launcher.terminal())
-        phases = Phases(on_enter=display.phase, synchronize=platform.synchronize)
+        watchdog = Watchdog.current
+
+        def enter(name: str) -> None:
+            display.phase(name)
+            if watchdog is not None:
+                watchdog.enter(name)
+
+        phases = Phases(on_enter=enter, synchronize=platform.synchronize)
         loop = cls(
             cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, clock, total, resumed or 0
         )
@@ -89,6 +98,8 @@ class Loop:
         """
         saved = self.done
         while self.done < self.total:
+            if Watchdog.current is not None:
+                Watchdog.current.at_step(self.done + 1)
             with _profiled(self.cfg.log.profile_steps, self.done + 1, self.folder, self.mesh):
                 metrics = {**step(self.done + 1), "clock/seconds": self.clock.seconds()}
             self.done += 1
@@ -104,6 +115,13 @@ class Loop:
                 self.display.note(f"stopped after step {saved}; set resume=auto to continue")
                 return False
         return True
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """The export after the last step, as a person sees it."""
+        shown = task("export to Hugging Face", is_main=self.mesh.is_main, stream=launcher.terminal())
+        with self.phases("export"), shown:
+            yield
 
     def end_at(self, step: int, why: str) -> None:
         """`step` becomes the last one, before `total` was reached; the same call on every rank."""

@@ -31,7 +31,7 @@ def run(cfg: Config) -> None:
     trainer = RewardModelTrainer(cfg, mesh)
     try:
         if trainer.loop.run(trainer.step):
-            with task("export to Hugging Face", is_main=mesh.is_main, stream=launcher.terminal()):
+            with trainer.loop.exporting():
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
     finally:
         trainer.loop.close()

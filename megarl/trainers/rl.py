@@ -67,7 +67,7 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
         try:
             trainer.prepare()
             if trainer.loop.run(trainer.step):
-                with task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal()):
+                with trainer.loop.exporting():
                     finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
                 trainer.report()
         finally:

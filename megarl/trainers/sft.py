@@ -32,7 +32,7 @@ def run(cfg: Config) -> None:
     trainer = SFTTrainer(cfg, mesh)
     try:
         if trainer.loop.run(trainer.step):
-            with task("export to Hugging Face", is_main=mesh.is_main, stream=launcher.terminal()):
+            with trainer.loop.exporting():
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, cfg.model.path)
     finally:
         trainer.loop.close()
