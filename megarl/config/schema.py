@@ -499,6 +499,48 @@ class Watchdog(Section):
         return phases
 
 
+class Alarm(Section):
+    above: Annotated[float, Field(gt=0)] | None = None
+    """The largest figure that is no alarm; none: there is no such alarm."""
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """warn: a line; skip: leave the weights as they are and go on; stop: end the run, also with nothing changed where the
+    figure is known before the update."""
+
+
+class Alarms(Section):
+    """Figures that say that something goes wrong, decided alike on all ranks; each one raised is 1 in `alarms/<name>`."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run, or leave this optimizer step out. Its micro-batches are kept in
+    failed/ for `megarl replay`."""
+    max_skips: NonNegative = 10
+    """Optimizer steps that may be left out, in 100 steps of the run; one more ends it."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """Past steps whose median a figure is compared with; until there are so many, nothing is."""
+    grad_norm: Alarm = Alarm(above=30)
+    """Gradient norm of an optimizer step, over the median."""
+    loss: Alarm = Alarm(above=5)
+    """Loss of SFT, reward model or critic, over the median (a policy's loss is around 0, and says nothing)."""
+    length: Alarm = Alarm(above=4)
+    """Mean length of the responses of a step, over the median."""
+    gap: Alarm = Alarm(above=0.2)
+    """Mean |learner - engine| log-prob of the sampled tokens, in nats."""
+    kl: Alarm = Alarm(above=2)
+    """KL to the reference model, in nats a token. warn or stop: it is known after the update."""
+    entropy_loss: Alarm = Alarm(above=0.98)
+    """Share that the entropy has lost since the first `window` steps. warn or stop."""
+    held_out_loss: Alarm = Alarm(above=0.1)
+    """Accuracy lost between two evaluations while the mean reward of the steps rose: a sign of reward hacking. warn or
+    stop."""
+
+    @model_validator(mode="after")
+    def _can_be_skipped(self) -> Alarms:
+        for name in ("kl", "entropy_loss", "held_out_loss"):
+            if getattr(self, name).action == "skip":
+                raise ValueError(f"{name}.action = skip: it is known after the update; set warn or stop")
+        return self
+
+
 class Study(Section):
     """`megarl study drift`: every method with every kind of routing replay, over several seeds."""
 
@@ -549,6 +591,8 @@ class Config(Section):
     """What is written beside the console."""
     watchdog: Watchdog = Watchdog()
     """The end of a run that hangs."""
+    alarms: Alarms = Alarms()
+    """Numbers gone wrong."""
     study: Study | None = None
     """Comparisons over several runs (`megarl study`); none: as they are by default."""
 

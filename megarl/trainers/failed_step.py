@@ -17,8 +17,11 @@ PACKING = ("tokens", "position_ids", "cu_seqlens", "targets", "last_rows")  # ev
 REPLAY = "experts"  # only where routing is replayed
 
 
-def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
-    """Write every tensor of one rank's micro-batches as safetensors; the file appears whole."""
+def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch], role: str = "policy") -> None:
+    """Write every tensor of one rank's micro-batches as safetensors; the file appears whole.
+
+    `role`: whose optimizer step it was: policy, critic or reward.
+    """
     tensors: dict[str, Tensor] = {}
     for number, micro in enumerate(micro_batches):
         tensors |= {f"{number}.{name}": getattr(micro, name) for name in PACKING}
@@ -27,7 +30,8 @@ def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
         tensors |= {f"{number}.batch.{name}": value for name, value in values.items() if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, partial, metadata={"role": role})
     partial.replace(path)
 
 
