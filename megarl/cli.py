@@ -484,6 +484,48 @@ def _degrees(text: str) -> tuple[Any, int]:
 
 
 @app.command()
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="RUN_DIR/rl/failed/step_NNNNNN_rankR.safetensors.", show_default=False),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Micro-batches of an optimizer step that failed, alone: loss, gradient norm, and the first tensor not finite.
+
+    With the run's config and its newest checkpoint before that step, in one process. Exit code 1 when one is not finite.
+
+    Example: [bold]megarl replay runs/quickstart/rl/failed/step_000012_rank1.safetensors[/bold]
+    """
+    import shutil
+
+    from megarl.config import load_config
+
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; give one of RUN_DIR/rl/failed/")
+    part = file.absolute().parent.parent
+    if part.name not in ("sft", "reward_model", "rl") or not (part.parent / "config.yaml").is_file():
+        raise BadInput(f"{file}: not in RUN_DIR/rl/failed/ of a run with its config.yaml; leave it where it was written")
+    cfg = load_config(part.parent / "config.yaml", [*(overrides or ()), f"run_dir={part.parent}"], require=part.name)
+    if not launcher.is_rank():
+        logs = Path(tempfile.mkdtemp(prefix="megarl-replay-"))
+        code = launcher.launch([sys.executable, "-m", "megarl", *sys.argv[1:]], 1, logs, 8)
+        if code in (0, 2):
+            shutil.rmtree(logs)
+        raise typer.Exit(code)
+
+    def work() -> None:
+        from megarl.trainers.replay import replay as run_again
+
+        result = run_again(cfg, file.absolute())
+        print("\n".join(result.lines()), file=launcher.terminal())
+        if result.first is not None:
+            raise RunFailed(f"{file}: the first tensor that is not finite is {result.first}")
+
+    _work(work)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
     """Write RUN_DIR/report.html: one self-contained file with plots and sample responses.
 

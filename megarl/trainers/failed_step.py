@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +33,15 @@ def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch], role: st
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, partial, metadata={"role": role})
     partial.replace(path)
+
+
+def role_of(path: Path) -> str:
+    """Whose optimizer step the micro-batches are of: policy, critic or reward. Raises BadInput when the file says none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()["role"]
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise BadInput(f"{path}: holds no micro-batches ({' '.join(str(error).split())[:100]})") from None
 
 
 def load_micro_batches(path: Path) -> list[MicroBatch]:
