@@ -417,4 +417,6 @@ def _last_line(log_path: Path) -> str:
     with open(log_path, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+    if lines and lines[-1].startswith('File "') and any(line.startswith("Timeout (") for line in lines):
+        return "hung, and its Python interpreter with it; its stack is in the log"
     return next((line for line in reversed(lines) if line), "ended without a word")

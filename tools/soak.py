@@ -117,9 +117,7 @@ def _command(folder: Path, part: str, run_dir: Path, torchrun: int, resume: bool
     return kills.command(part, CONFIG, own, torchrun)
 
 
-def _kill(
-    run: kills.Run, phase: str, step: int, rank: int, delay: float, pause: Path | None
-) -> kills.Kill | None:
+def _kill(run: kills.Run, phase: str, step: int, rank: int, delay: float, pause: Path | None) -> kills.Kill | None:
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline and run.process.poll() is None:
         _pause(run, pause)
@@ -203,7 +201,9 @@ def _write_table() -> None:
                   f"longest {waits[-1]:.0f}."]  # fmt: skip
     lines += ["", "| killed in | kills |", "|---|---|"]
     places = Counter(
-        f"{run['part']}, {kill[1].rpartition(', ')[2] or 'before the first word'}" for run in runs for kill in run["kills"]
+        f"{run['part']}, {kill[1].rpartition(', ')[2] or 'before the first word'}"
+        for run in runs
+        for kill in run["kills"]
     )
     lines += [f"| {place} | {count} |" for place, count in sorted(places.items())]
     lines += ["", *(f"- run {runs.index(run)}, {run['part']}: {run['differences'] or run['left']}" for run in bad)]

@@ -24,7 +24,9 @@ from megarl.launcher import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MEGARL_TEST_FAULTS"  # in the environment of everything a run starts
-CLOCKS = re.compile(r"unix_time|time/|clock/|throughput/|memory/|sync/(seconds|move_seconds|gb_per_second|of_plain_copy)")
+CLOCKS = re.compile(
+    r"unix_time|time/|clock/|throughput/|memory/|sync/(seconds|move_seconds|gb_per_second|of_plain_copy)"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Run:
 
     def __init__(self, command: list[str], part_dir: Path, scratch: Path, ranks: int = 2) -> None:
         self.part_dir, self.scratch, self.ranks, self.command = part_dir, scratch, ranks, command
+        self.ended: set[int] = set()  # ranks of a start in which one was killed
         scratch.mkdir(parents=True, exist_ok=True)
         self.mark = f"{MARK}={part_dir}"
         self.output = open(part_dir.parent / f"{part_dir.name}.out", "ab")  # noqa: SIM115
@@ -70,7 +73,7 @@ class Run:
                 environ = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
                 words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
                 if f"RANK={number}".encode() in environ and b"megarl" in words and is_running(process):
-                    return process
+                    return None if process in self.ended else process
         return None
 
     def place(self, rank: int) -> str:
@@ -81,6 +84,7 @@ class Run:
         process = self.rank(rank)
         if process is None:
             return None
+        self.ended |= {one for one in map(self.rank, range(self.ranks)) if one is not None}
         place = self.place(rank)
         os.kill(process, number)
         return Kill(f"rank {rank}", place, number.name)
@@ -124,7 +128,8 @@ def kill_at(run: Run, phase: str, after_step: int, rank: int, delay: float, time
         found = wanted.search(run.place(rank))
         if found and int(found[1] or 0) >= (after_step if phase != "start" else 0):
             time.sleep(delay)
-            return run.kill(rank)
+            if (kill := run.kill(rank)) is not None:
+                return kill
         time.sleep(0.002)
     return None
 
@@ -141,13 +146,17 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def _rows(path: Path, other: Path) -> Iterator[str]:
-    rows, others = ([json.loads(line) for line in p.read_text().splitlines()] if p.exists() else [] for p in (path, other))
+    rows, others = (
+        [json.loads(line) for line in p.read_text().splitlines()] if p.exists() else [] for p in (path, other)
+    )
     steps, expected = ([row["step"] for row in one] for one in (rows, others))
     if steps != expected:
         yield f"{path.name}: steps {steps}, not {expected}"
         return
     for row, reference in zip(rows, others, strict=True):
-        names = [name for name in {**row, **reference} if not CLOCKS.match(name) and row.get(name) != reference.get(name)]
+        names = [
+            name for name in {**row, **reference} if not CLOCKS.match(name) and row.get(name) != reference.get(name)
+        ]
         if names:
             yield f"{path.name}, step {row['step']}: {', '.join(names[:5])}"
 
@@ -200,4 +209,8 @@ def command(part: str, config: Path, overrides: list[str], torchrun: int = 0) ->
 
 def choose(random_: random.Random, phases: list[str]) -> tuple[str, int, float]:
     """(phase, rank, delay in seconds) of the next kill."""
-    return random_.choice(phases), random_.randrange(2), random_.choice((0.0, random_.uniform(0, 0.1), random_.uniform(0, 1)))
+    return (
+        random_.choice(phases),
+        random_.randrange(2),
+        random_.choice((0.0, random_.uniform(0, 0.1), random_.uniform(0, 1))),
+    )

@@ -1,0 +1,72 @@
+"""Runs that are disturbed end like the one that was not, bit for bit; the long version is tools/soak.sh."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import Project
+from tests.faults.kills import Run, command, differences, kill_at, wait_until
+
+
+def step_from(first: int) -> re.Pattern[str]:
+    """Places in a step with one digit from `first` on, or with two digits."""
+    return re.compile(rf" step ([{first}-9]|\d\d),")
+
+
+def disturbed(
+    part: str, config: Path, run_dir: Path, scratch: Path, kills: list[tuple[str, int, int]], *more: str
+) -> None:
+    """Run with `kills` of (phase, after step, rank); what it said, and that nothing of it is left."""
+    own = [f"run_dir={run_dir}", "parallel.max_restarts=9", *more]
+    run = Run(command(part, config, own), run_dir / part, scratch)
+    try:
+        done = [kill_at(run, phase, step, rank, delay=0.005, timeout=200) for phase, step, rank in kills]
+        assert run.end(timeout=200) == 0, (run_dir / f"{part}.out").read_text()
+        assert run.processes() == [] and list(scratch.iterdir()) == []
+    finally:
+        run.close()
+    assert all(done)
+    said = [line for line in (run_dir / f"{part}.out").read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == len(kills)
+    for line, kill in zip(said, done, strict=True):
+        assert line.startswith(f"error: {kill.target}: died by SIGKILL in {part} step "), said
+
+
+def test_sft_stopped_by_a_scheduler_then_killed_in_an_update_and_in_a_save(warm: Project, tmp_path: Path) -> None:
+    run_dir, scratch = tmp_path / "run", tmp_path / "scratch"
+    run_dir.mkdir()
+    run = Run(command("sft", warm.config, [f"run_dir={run_dir}", "checkpoint.every=0"]), run_dir / "sft", scratch)
+    try:
+        assert wait_until(run, step_from(5), rank=1, timeout=200)
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.end(timeout=60) == 128 + signal.SIGUSR1
+        assert run.processes() == [] and list(scratch.iterdir()) == []
+    finally:
+        run.close()
+    saved = [path.name for path in (run_dir / "sft/checkpoints").iterdir()]
+    assert len(saved) == 1 and 5 <= int(saved[0].removeprefix("step_")) < 120
+    after = int(saved[0].removeprefix("step_"))
+    kills = [("update", after + 3, 1), ("checkpoint", after + 5, 0)]
+    disturbed("sft", warm.config, run_dir, scratch, kills, "checkpoint.every=10", "resume=auto")
+    assert differences(run_dir / "sft", warm.run / "sft") == []
+
+
+def test_rl_killed_in_an_update(trained: Project, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.run / "sft", run_dir / "sft")
+    disturbed("rl", trained.config, run_dir, tmp_path / "scratch", [("update", 4, 1)], "checkpoint.every=2")
+    assert differences(run_dir / "rl", trained.run / "rl") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["start", "generate", "gather", "sync", "checkpoint"])
+def test_rl_killed_in_any_phase(trained: Project, tmp_path: Path, phase: str) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.run / "sft", run_dir / "sft")
+    disturbed("rl", trained.config, run_dir, tmp_path / "scratch", [(phase, 3, 0)], "checkpoint.every=2")
+    assert differences(run_dir / "rl", trained.run / "rl") == []
