@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from megarl import __version__, launcher
-from megarl.errors import BadInput, RunFailed
+from megarl.errors import EXIT_CODES, BadInput, RunFailed
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Reinforcement learning of Mixture-of-Experts language models: Megatron-core and vLLM in one torchrun.",
+    epilog=EXIT_CODES,
 )
 verify_app = typer.Typer(help="Compare what two engines, layouts or files should agree on.")
 app.add_typer(verify_app, name="verify")
@@ -43,7 +44,7 @@ Nproc = Annotated[
 
 
 def main() -> None:
-    """Run a command and exit: 0 done, 1 ran and failed, 2 bad input; errors are one line on stderr."""
+    """Run a command and exit with one of `EXIT_CODES`; errors are one line on stderr."""
     try:
         code = app(standalone_mode=False, prog_name="megarl") or 0
     except BadInput as e:
@@ -129,6 +130,7 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
     if not launcher.launched_locally() and os.environ["RANK"] == "0":
         prepare_run_dir(config, part)
     launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")
+    launcher.end_with_torchrun()
     from megarl.trainers.watchdog import Watchdog
 
     Watchdog(part, logs, config.watchdog)

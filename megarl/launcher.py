@@ -391,8 +391,14 @@ class _Job:
         return 1 if killed else rank.code
 
 
+def end_with_torchrun() -> None:
+    """In a rank that torchrun started: it does not outlive torchrun, however that ends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not launched_locally():
+        _die_with(os.getppid())
+
+
 def _die_with(parent: int) -> None:
-    """In the child, before exec: SIGKILL when the launcher ends, also when it ended before this call."""
+    """SIGKILL for this process when its parent ends, also when it ended before this call."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

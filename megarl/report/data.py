@@ -39,6 +39,8 @@ RL (`rl/metrics.jsonl`)
 - `time/{sync,generate,reward,old_log_probs,update,eval,...}` seconds, mean over ranks; `time/step` slowest rank
 - `throughput/rollout_tokens_per_second`, `throughput/learner_tokens_per_second`; `memory/rss_gib` over all ranks
 - `eval/accuracy` on held-out problems, at the steps that evaluated
+- `alarms/<name>` 1 in a step whose figure was above its threshold, else 0, where there is one to compare with;
+  `alarms/skipped_updates` optimizer steps (of an RL step left out as a whole: 1) that were not applied (SFT and reward model too)
 
 SFT (`sft/metrics.jsonl`): `sft/loss`, `sft/validation_loss`, `sft/lr`, `sft/grad_norm`, `time/step`, `memory/rss_gib`,
 `throughput/learner_tokens_per_second`.

@@ -128,7 +128,8 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
     """`megarl train` with each preset and its overrides, one after the other in the same ranks; the rows of metrics.jsonl.
 
     The mesh, the reward workers and vLLM start once; everything else is made anew for every preset. Those in `resumed`
-    run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`.
+    run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`. Under
+    `left out`: those of a run whose third step an alarm leaves out.
     """
     from megarl import platform
 
@@ -161,6 +162,8 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
             if preset in resumed:
                 train(f"{cfg.run_dir}-{preset}-2", own, stop_after=3)
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
+        alarm = ["alarms.window=2", "alarms.length.above=0.01", "alarms.length.action=skip"]
+        rows["left out"] = train(f"{cfg.run_dir}-left-out", ["rl.algorithm.preset=grpo", *alarm], stop_after=3)
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
         for name, (method, broken) in BROKEN.items():

@@ -21,12 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megarl.launcher import Place
+from tests.e2e.program import without_clocks
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MEGARL_TEST_FAULTS"  # in the environment of everything a run starts
-CLOCKS = re.compile(
-    r"unix_time|time/|clock/|throughput/|memory/|sync/(seconds|move_seconds|gb_per_second|of_plain_copy)"
-)
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,8 @@ def _rows(path: Path, other: Path) -> Iterator[str]:
         yield f"{path.name}: steps {steps}, not {expected}"
         return
     for row, reference in zip(rows, others, strict=True):
-        names = [
-            name for name in {**row, **reference} if not CLOCKS.match(name) and row.get(name) != reference.get(name)
-        ]
+        row, reference = without_clocks(row), without_clocks(reference)
+        names = [name for name in {**row, **reference} if row.get(name) != reference.get(name)]
         if names:
             yield f"{path.name}, step {row['step']}: {', '.join(names[:5])}"
 

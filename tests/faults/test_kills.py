@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.program import Project
-from tests.faults.kills import Run, command, differences, kill_at, wait_until
+from tests.faults.kills import Run, command, differences, is_running, kill_at, wait_until
 
 
 def step_from(first: int) -> re.Pattern[str]:
@@ -70,3 +73,29 @@ def test_rl_killed_in_any_phase(trained: Project, tmp_path: Path, phase: str) ->
     shutil.copytree(trained.run / "sft", run_dir / "sft")
     disturbed("rl", trained.config, run_dir, tmp_path / "scratch", [(phase, 3, 0)], "checkpoint.every=2")
     assert differences(run_dir / "rl", trained.run / "rl") == []
+
+
+def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    """Otherwise they would hold the device for hours, waiting for each other."""
+    program = tmp_path / "rank.py"
+    program.write_text(
+        "import os, pathlib, sys, time\nfrom megarl import launcher\nlauncher.end_with_torchrun()\n"
+        "pathlib.Path(sys.argv[1], f'ready-{os.getpid()}').touch()\ntime.sleep(100)\n"
+    )
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = Run([*runner, str(program), str(tmp_path)], tmp_path / "sft", tmp_path / "scratch")
+    try:
+        ranks = until(lambda: [int(path.name.removeprefix("ready-")) for path in tmp_path.glob("ready-*")], 2)
+        run.process.kill()
+        run.process.wait()
+        until(lambda: [rank for rank in ranks if is_running(rank)], 0)
+    finally:
+        run.close()
+
+
+def until(found: Callable[[], list[int]], count: int) -> list[int]:
+    deadline = time.monotonic() + 100
+    while len(now := found()) != count:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.05)
+    return now
