@@ -53,7 +53,7 @@ for environ in glob.glob("/proc/[0-9]*/environ"):
                 os.kill(int(environ.split("/")[2]), signal.SIGKILL)
     except OSError:
         pass
-shutil.rmtree(scratch, ignore_errors=True)
+shutil.rmtree(bytes.fromhex(scratch).decode(), ignore_errors=True)
 """
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -245,7 +245,7 @@ class _Job:
                                       start_new_session=True, text=True)  # fmt: skip
         self.mark = f"{JOB}={uuid.uuid4().hex}"
         self.scratch = tempfile.mkdtemp(prefix="megarl-")
-        self.guard.stdin.write(f"{self.scratch} {self.mark} ")
+        self.guard.stdin.write(f"{self.scratch.encode().hex()} {self.mark} ")
         self.guard.stdin.flush()
         try:
             with selectors.DefaultSelector() as selector:

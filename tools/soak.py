@@ -67,7 +67,7 @@ def _reference(folder: Path, part: str, pause: Path | None) -> None:
 
 
 def _one_run(folder: Path, part: str, number: int, pause: Path | None) -> None:
-    chance, run_dir, kind = random.Random(number), folder / f"run_{number:04d}", number % 4
+    chance, run_dir, kind = random.Random(number), folder / f"run_{number:04d}", number // 2 % 4
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
     if part == "rl":

@@ -6,14 +6,22 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.program import Project
 from tests.faults.kills import Run, command, differences, is_running, kill_at, wait_until
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A TMPDIR with a name so short that sockets can be in folders of it."""
+    with tempfile.TemporaryDirectory(prefix="megarl-test-") as folder:
+        yield Path(folder)
 
 
 def step_from(first: int) -> re.Pattern[str]:
@@ -40,8 +48,10 @@ def disturbed(
         assert line.startswith(f"error: {kill.target}: died by SIGKILL in {part} step "), said
 
 
-def test_sft_stopped_by_a_scheduler_then_killed_in_an_update_and_in_a_save(warm: Project, tmp_path: Path) -> None:
-    run_dir, scratch = tmp_path / "run", tmp_path / "scratch"
+def test_sft_stopped_by_a_scheduler_then_killed_in_an_update_and_in_a_save(
+    warm: Project, tmp_path: Path, scratch: Path
+) -> None:
+    run_dir = tmp_path / "run"
     run_dir.mkdir()
     run = Run(command("sft", warm.config, [f"run_dir={run_dir}", "checkpoint.every=0"]), run_dir / "sft", scratch)
     try:
@@ -59,23 +69,23 @@ def test_sft_stopped_by_a_scheduler_then_killed_in_an_update_and_in_a_save(warm:
     assert differences(run_dir / "sft", warm.run / "sft") == []
 
 
-def test_rl_killed_in_an_update(trained: Project, tmp_path: Path) -> None:
+def test_rl_killed_in_an_update(trained: Project, tmp_path: Path, scratch: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained.run / "sft", run_dir / "sft")
-    disturbed("rl", trained.config, run_dir, tmp_path / "scratch", [("update", 4, 1)], "checkpoint.every=2")
+    disturbed("rl", trained.config, run_dir, scratch, [("update", 4, 1)], "checkpoint.every=2")
     assert differences(run_dir / "rl", trained.run / "rl") == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["start", "generate", "gather", "sync", "checkpoint"])
-def test_rl_killed_in_any_phase(trained: Project, tmp_path: Path, phase: str) -> None:
+def test_rl_killed_in_any_phase(trained: Project, tmp_path: Path, scratch: Path, phase: str) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained.run / "sft", run_dir / "sft")
-    disturbed("rl", trained.config, run_dir, tmp_path / "scratch", [(phase, 3, 0)], "checkpoint.every=2")
+    disturbed("rl", trained.config, run_dir, scratch, [(phase, 3, 0)], "checkpoint.every=2")
     assert differences(run_dir / "rl", trained.run / "rl") == []
 
 
-def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path: Path, scratch: Path) -> None:
     """Otherwise they would hold the device for hours, waiting for each other."""
     program = tmp_path / "rank.py"
     program.write_text(
@@ -83,7 +93,7 @@ def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path: Path) -> None:
         "pathlib.Path(sys.argv[1], f'ready-{os.getpid()}').touch()\ntime.sleep(100)\n"
     )
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = Run([*runner, str(program), str(tmp_path)], tmp_path / "sft", tmp_path / "scratch")
+    run = Run([*runner, str(program), str(tmp_path)], tmp_path / "sft", scratch)
     try:
         ranks = until(lambda: [int(path.name.removeprefix("ready-")) for path in tmp_path.glob("ready-*")], 2)
         run.process.kill()
