@@ -41,7 +41,8 @@ class Alarms:
         self.rewards: list[float] = []  # mean reward of the steps since the last evaluation
         self.evaluated: tuple[float, float] | None = None  # accuracy, and mean reward of the steps before it
         self.raised: set[str] = set()  # in the step before
-        self._now = 0  # skips of this step
+        self.ended_by: str | None = None  # what an alarm ends the run with
+        self.skips_now = 0  # of this step
 
     def most(self, loss: str, grad_norm: str) -> dict[str, float]:
         """What an optimizer step may have at most so as to be applied, for `Policy.train_step`; of these metrics."""
@@ -76,7 +77,7 @@ class Alarms:
     def skip(self, step: int, line: str) -> None:
         """Count an update that is left out. Raises RunFailed when it is one too many."""
         self.skips = [s for s in self.skips if s > step - SKIP_WINDOW] + [step]
-        self._now += 1
+        self.skips_now += 1
         if len(self.skips) > self.settings.max_skips:
             raise RunFailed(
                 f"{line} It is skip {len(self.skips)} in {SKIP_WINDOW} steps, more than alarms.max_skips="
@@ -86,9 +87,8 @@ class Alarms:
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Take in a step's reduced metrics; its `alarms/` metrics. `ended_by` then says what ends the run."""
-        out: dict[str, float] = {"alarms/skipped_updates": float(self._now)}
-        self.ended_by: str | None = None
-        found = set()
+        out: dict[str, float] = {"alarms/skipped_updates": float(self.skips_now)}
+        self.ended_by, found = None, set()
         for name in WATCHED:
             figure = self._figure(name, metrics)
             if figure is None:
@@ -101,7 +101,7 @@ class Alarms:
                     self.ended_by = self.ended_by or self._line(name, figure)
                 elif name not in self.raised:
                     self.note(f"warning: step {step}: {self._line(name, figure)}")
-        self.raised, self._now = found, 0
+        self.raised, self.skips_now = found, 0
         self._remember(metrics)
         return out
 

@@ -130,14 +130,15 @@ class Loop:
         """
         if result.applied:
             return
-        kept = self.folder / "failed" / f"step_{number:06d}_rank{self.mesh.rank}.safetensors"
+        again = f"_{self.alarms.skips_now + 1}" if self.alarms.skips_now else ""
+        kept = self.folder / "failed" / f"step_{number:06d}{again}_rank{self.mesh.rank}.safetensors"
         save_micro_batches(kept, micro, role)
         wrong = {
             "nonfinite": f"the gradient norm is {result.grad_norm:.4g}, or the loss is not finite",
             "grad_norm": f"the gradient norm is {result.grad_norm:.4g}, above alarms.grad_norm",
             "loss": "the loss is above alarms.loss",
         }[result.refused]
-        where = f"{self.folder.name} step {number}{', critic' if role == 'critic' else ''}"
+        where = f"{self.folder.name} step {number}{': critic' if role == 'critic' else ''}"
         then = f"no weight was changed. Its micro-batches are in {kept}: `megarl replay` shows where it comes from."
         self.alarms.refused(number, result.refused, f"{where}: {wrong}; {then}")
 

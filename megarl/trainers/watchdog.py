@@ -45,6 +45,7 @@ class Watchdog:
         given = [seconds for seconds in (limits.seconds, *limits.phases.values()) if seconds]
         if given:
             self._longest, self._period = max(given), min(max(min(given) / 4, 0.05), 15.0)
+            self._arm()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         Watchdog.current = self
 
@@ -73,10 +74,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._period):
-            # a thread of the interpreter's own, which needs no lock of Python's: the last resort
-            faulthandler.dump_traceback_later(self._longest + MARGIN, exit=True, file=sys.stderr)
+            self._arm()
             if time.monotonic() >= self._deadline:
                 self._abort()
+
+    def _arm(self) -> None:
+        """The last resort: a thread of the interpreter's own, which needs no lock of Python's, unless it is armed again."""
+        faulthandler.dump_traceback_later(self._longest + MARGIN, exit=True, file=sys.stderr)
 
     def _abort(self) -> None:
         phase = self._phase.replace(" ", "_")
