@@ -24,7 +24,7 @@ sys.exit(launch([sys.executable, program, how, logs], 2, pathlib.Path(logs), 0.5
 def end_of(how: str, logs: Path) -> tuple[int, str]:
     """(exit code, stderr) of two ranks."""
     command = [sys.executable, "-c", START, str(PROGRAM), how, str(logs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     return done.returncode, done.stderr
 
 
