@@ -38,6 +38,9 @@ if screen is not None:
 if behaviour == "third time":
     note("restarts", str(launcher.restarts()))
     if rank == "1" and launcher.restarts() < 2:
+        other = folder / "restarts0"
+        while not other.exists() or other.read_text() != str(launcher.restarts()):
+            time.sleep(0.02)
         launcher.Place(folder / "logs", 1).write(f"rl step {launcher.restarts() + 1}, update")
         os.kill(os.getpid(), signal.SIGKILL)
     if launcher.restarts() == 2:

@@ -159,8 +159,8 @@ def test_restarts_are_counted_and_bad_input_is_not_tried_again(
     tmp_path: Path, behaviour: str, code: int, starts: int
 ) -> None:
     job = Job(tmp_path, behaviour, restarts=1)
-    got, out, err = job.finish()
-    assert got == code and out == "display of rank 0\n" * starts and err.count("error: ") == starts
+    got, _, err = job.finish()
+    assert got == code and err.count("error: ") == starts and err.count("starting the ranks again") == starts - 1
 
 
 def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
