@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -490,14 +490,6 @@ class Watchdog(Section):
     phases: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Limits of single phases, by the names of the `time/` metrics, `start` or `between_phases`: {generate: 7200}."""
 
-    @field_validator("phases")
-    @classmethod
-    def _known(cls, phases: dict[str, float]) -> dict[str, float]:
-        for name in phases:
-            if name not in PHASES:
-                raise ValueError(f"{name} is no phase; set one of {', '.join(PHASES)}")
-        return phases
-
 
 class Alarm(Section):
     above: Annotated[float, Field(gt=0)] | None = None
@@ -532,13 +524,6 @@ class Alarms(Section):
     held_out_loss: Alarm = Alarm(above=0.1)
     """Accuracy lost between two evaluations while the mean reward of the steps rose: a sign of reward hacking. warn or
     stop."""
-
-    @model_validator(mode="after")
-    def _can_be_skipped(self) -> Alarms:
-        for name in ("kl", "entropy_loss", "held_out_loss"):
-            if getattr(self, name).action == "skip":
-                raise ValueError(f"{name}.action = skip: it is known after the update; set warn or stop")
-        return self
 
 
 class Study(Section):

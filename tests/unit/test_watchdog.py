@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config import load_config
 from megarl.config.schema import PHASES
+from megarl.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("hanging_program.py")
@@ -63,3 +65,5 @@ def test_limits_can_be_set_for_every_phase_that_is_entered() -> None:
     for path in (ROOT / "megarl/trainers").glob("*.py"):
         entered |= set(re.findall(r'phases\("(\w+)"\)', path.read_text()))
     assert {"update", "generate"} < entered <= set(PHASES)
+    with pytest.raises(BadInput, match="watchdog.phases.updates: no such phase; set one of start, "):
+        load_config(ROOT / "configs/cpu/quickstart.yaml", ["watchdog.phases.updates=5"])
