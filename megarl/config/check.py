@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
 from megarl.config.optimizers import check_optimizers
-from megarl.config.schema import Config, DataSource
+from megarl.config.schema import PHASES, Config, DataSource
 from megarl.errors import BadInput
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
@@ -24,6 +24,7 @@ NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is rig
 def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
     _check_software(config, require)
+    _check_watch(config)
     _check_sections(config, require)
     check_optimizers(config)
     _check_sources(config, must_exist=require)
@@ -34,6 +35,15 @@ def check_config(config: Config, require: Command | None = None) -> None:
         _check_fp8_rollout(config, shapes[0].config)
         _check_lengths(config, shapes[0].config["max_position_embeddings"])
     check_layout(config, shapes, config.parallel.nproc)
+
+
+def _check_watch(config: Config) -> None:
+    for name in config.watchdog.phases:
+        if name not in PHASES:
+            raise BadInput(f"watchdog.phases.{name}: no such phase; set one of {', '.join(PHASES)}")
+    for name in ("kl", "entropy_loss", "held_out_loss"):
+        if getattr(config.alarms, name).action == "skip":
+            raise BadInput(f"alarms.{name}.action = skip: it is known after the update; set warn or stop")
 
 
 def check_world(config: Config, world_size: int, require: Command | None = None) -> None:

@@ -180,6 +180,9 @@ class Parallel(Section):
     """Gather updated parameters while the next forward pass runs; needs the two above."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A collective that takes longer ends the job."""
+    max_restarts: NonNegative = 0
+    """How often local ranks are started again, from the newest checkpoint, when one has failed (`torchrun --max-restarts`
+    otherwise)."""
 
 
 class Optimizer(Section):
@@ -513,6 +516,58 @@ class Log(Section):
     """Steps recorded with the PyTorch profiler into profile/."""
     grace_seconds: Annotated[float, Field(ge=0)] = 8
     """How long Ctrl-C waits for the end of the step."""
+    warned_grace_seconds: Annotated[float, Field(ge=0)] = 25
+    """How long SIGTERM or SIGUSR1 waits for it: the warning of a scheduler, which kills after some time of its own."""
+
+
+PHASES = (
+    "start", "between_phases", "data", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "update",
+    "sync", "eval", "validation", "checkpoint", "export",
+)  # fmt: skip
+
+
+class Watchdog(Section):
+    """Ends a job that hangs: every rank's stack goes into its log, and one line says where each of them was."""
+
+    seconds: Annotated[float, Field(ge=0)] = 3600
+    """How long a rank may be in one phase of a step, or between two; 0: as long as it takes."""
+    phases: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Limits of single phases, by the names of the `time/` metrics, `start` or `between_phases`: {generate: 7200}."""
+
+
+class Alarm(Section):
+    above: Annotated[float, Field(gt=0)] | None = None
+    """The largest figure that is no alarm; none: there is no such alarm."""
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """warn: a line; skip: leave the weights as they are and go on; stop: end the run, also with nothing changed where the
+    figure is known before the update."""
+
+
+class Alarms(Section):
+    """Figures that say that something goes wrong, decided alike on all ranks; each one raised is 1 in `alarms/<name>`."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run, or leave this optimizer step out. Its micro-batches are kept in
+    failed/ for `megarl replay`."""
+    max_skips: NonNegative = 10
+    """Optimizer steps that may be left out, in 100 steps of the run; one more ends it."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """Past steps whose median a figure is compared with; until there are so many, nothing is."""
+    grad_norm: Alarm = Alarm(above=30)
+    """Gradient norm of an optimizer step, over the median."""
+    loss: Alarm = Alarm(above=5)
+    """Loss of SFT, reward model or critic, over the median (a policy's loss is around 0, and says nothing)."""
+    length: Alarm = Alarm(above=4)
+    """Mean length of the responses of a step, over the median."""
+    gap: Alarm = Alarm(above=0.2)
+    """Mean |learner - engine| log-prob of the sampled tokens, in nats."""
+    kl: Alarm = Alarm(above=2)
+    """KL to the reference model, in nats a token. warn or stop: it is known after the update."""
+    entropy_loss: Alarm = Alarm(above=0.98)
+    """Share that the entropy has lost since the first `window` steps. warn or stop."""
+    held_out_loss: Alarm = Alarm(above=0.1)
+    """Accuracy lost between two evaluations while the mean reward of the steps rose: a sign of reward hacking. warn or
+    stop."""
 
 
 class Study(Section):
@@ -565,6 +620,10 @@ class Config(Section):
     """What is on the device in which phase of RL."""
     log: Log = Log()
     """What is written beside the console."""
+    watchdog: Watchdog = Watchdog()
+    """The end of a run that hangs."""
+    alarms: Alarms = Alarms()
+    """Numbers gone wrong."""
     study: Study | None = None
     """Comparisons over several runs (`megarl study`); none: as they are by default."""
 

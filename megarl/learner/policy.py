@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,16 +51,21 @@ Role = Literal["policy", "reference", "critic", "reward"]
 # critic; scores [S] of a reward model, with whole sequences, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
+REASONS = {1: "grad_norm", 2: "loss", 3: "nonfinite"}  # not to apply an optimizer step
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did. `metrics` are this rank's, to be reduced once over all ranks."""
 
-    applied: bool  # False: a gradient was not finite, and nothing was changed
+    refused: str  # why nothing was changed: nonfinite, grad_norm or loss; empty when the step was applied
     grad_norm: float  # before clipping, over all ranks
     metrics: dict[str, Metric]
     routing: list[RowRouting]  # what the routers did, one for each micro-batch; empty without `routing`
+
+    @property
+    def applied(self) -> bool:
+        return not self.refused
 
 
 class Policy:
@@ -218,10 +223,13 @@ class Policy:
         """
         return [scores for (scores,) in self._outputs(micro_batches)[0]]
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, most: Mapping[str, float] = {}
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
 
-        A step whose gradient norm is not finite on any rank changes nothing and says `applied=False`.
+        A step whose loss or gradient norm is not finite on any rank, or above what `most` has for `loss` or `grad_norm`,
+        changes nothing and says why in `refused`.
         """
         self._need("weights", "gradients", "optimizer")
         for chunk in self.chunks:
@@ -230,21 +238,25 @@ class Policy:
         self.optimizer.zero_grad()
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
+        shares: list[Tensor] = []
+
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
+            share, found = self._loss(micro_batch, out, loss)
+            shares.append(share.detach())
+            return _megatron_loss(share, found, scale)
 
         collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
         if self.fp8 is not None:
             self.fp8.advance()
         lr = self.next_lr()
-        applied, grad_norm = self._apply()
+        refused, grad_norm = self._apply(float(sum(shares)), most)
         metrics: dict[str, Metric] = {}
         if self._reports:
             for item in collected:
                 merge(metrics, item)
         own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
         metrics |= {f"{self.role}/{name}": metric for name, metric in own.items()}
-        return StepResult(applied, grad_norm, metrics, routing)
+        return StepResult(refused, grad_norm, metrics, routing)
 
     def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
         """The loss's metrics over this rank's micro-batches, without a gradient."""
@@ -265,17 +277,24 @@ class Policy:
         # all context-parallel ranks know a reward model's scores, and compute the same loss from them
         return self.mesh.reports and (self.role != "reward" or self.mesh.cp_rank == 0)
 
-    def _apply(self) -> tuple[bool, float]:
-        """Measure the gradient, check that it is finite on every rank, clip and step."""
+    def _apply(self, loss: float, most: Mapping[str, float]) -> tuple[str, float]:
+        """Measure the gradient, check on every rank that it and this rank's `loss` may be used, clip and step.
+
+        Why they may not be, and the gradient norm.
+        """
         overflow = self.optimizer.prepare_grads()
         grad_norm = gradient_norm(self.optimizer)
-        if self.mesh.any(overflow or not math.isfinite(grad_norm)):
-            return False, grad_norm
+        whole = self.mesh.total(loss if self._reports else 0.0) if "loss" in most else loss
+        found = grad_norm > most.get("grad_norm", math.inf), whole > most.get("loss", math.inf)
+        bad = overflow or not math.isfinite(grad_norm) or not math.isfinite(loss)
+        reason = self.mesh.largest(3 if bad else int(found[0] or 2 * found[1]))
+        if reason:
+            return REASONS[reason], grad_norm
         clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
         self.updates += 1
-        return True, grad_norm
+        return "", grad_norm
 
     def _need(self, *owners: str) -> None:
         """A kernel that meets a tensor without bytes would end the process without a word."""

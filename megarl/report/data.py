@@ -42,6 +42,8 @@ RL (`rl/metrics.jsonl`)
   `policy_weights`, `policy_gradients`, `policy_optimizer`, `reference`, `critic`, `reward_model`, `engine_weights`,
   `engine_kv_cache`, `sync_buffers` (in the sync: the most of it), and the `rest`; beside them `rss` of all
 - `eval/accuracy` on held-out problems, at the steps that evaluated
+- `alarms/<name>` 1 in a step whose figure was above its threshold, else 0, where there is one to compare with;
+  `alarms/skipped_updates` optimizer steps (of an RL step left out as a whole: 1) that were not applied (SFT and reward model too)
 
 SFT (`sft/metrics.jsonl`): `sft/loss`, `sft/validation_loss`, `sft/lr`, `sft/grad_norm`, `time/step`, `memory/rss_gib`,
 `throughput/learner_tokens_per_second`.

@@ -15,7 +15,7 @@ from megarl.config.schema import Config
 from megarl.data import PromptSource, load_tokenizer, micro_batches
 from megarl.errors import BadInput, RunFailed
 from megarl.learner.host_parked import HostParked
-from megarl.learner.policy import Policy, StepResult
+from megarl.learner.policy import Policy
 from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import GroupSum, Mesh
@@ -36,14 +36,12 @@ from megarl.rollout.weight_sync import (
 from megarl.trainers import rl_batch
 from megarl.trainers.common import (
     Loop,
-    check_applied,
     finish_export,
     memory_metrics,
     start_path,
 )
 from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
-from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
 from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_experts, check_files, read_groups, rollout_file, write_groups
@@ -69,8 +67,7 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
         try:
             trainer.prepare()
             if trainer.loop.run(trainer.step):
-                exporting = task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal())
-                with exporting, trainer.turns.learner_alone():
+                with trainer.loop.exporting(), trainer.turns.learner_alone():
                     finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
                 trainer.report()
         finally:
@@ -184,7 +181,7 @@ class RLTrainer:
         with phases("offload"):
             self.turns.update()
         with phases("update"):
-            for micro in packed:
+            for micro in packed if not self._leaves_out(number, metrics) else ():
                 merge(metrics, self._update(micro, number))
         self.ledger.record("update")
         with phases("offload"):
@@ -307,23 +304,26 @@ class RLTrainer:
         """One optimizer step of the critic, if there is one, and of the policy, unless the critic is warming up."""
         metrics: dict[str, Metric] = {}
         if self.critic is not None:
-            result = self.critic.train_step(micro, self.critic_loss)
-            self._check_applied(result, micro, number)
+            most = self.loop.alarms.most("critic/loss", "")
+            result = self.critic.train_step(micro, self.critic_loss, most)
+            self.loop.check_applied(result, micro, number, "critic")
             metrics |= result.metrics
         if number > self._warmup_steps():
-            result = self.policy.train_step(micro, self.loss)
-            self._check_applied(result, micro, number)
+            most = self.loop.alarms.most("", "policy/grad_norm_max")
+            result = self.policy.train_step(micro, self.loss, most)
+            self.loop.check_applied(result, micro, number)
             metrics |= result.metrics
             if self.watch is not None:
                 metrics |= routed_load(self.policy, micro, result.routing)
         return metrics
 
-    def _check_applied(self, result: StepResult, micro: list[MicroBatch], number: int) -> None:
-        """Raises RunFailed for a step that changed nothing, after keeping what it was computed from."""
-        where = self.loop.folder / "failed" / f"step_{number:06d}_rank{self.mesh.rank}.safetensors"
-        if not result.applied:
-            save_micro_batches(where, micro)
-        check_applied(result, f"rl step {number}", kept=where)
+    def _leaves_out(self, number: int, metrics: Mapping[str, Metric]) -> bool:
+        """Whether an alarm has the step's updates left out. Collective where one may."""
+        alarms = self.loop.alarms
+        if not alarms.asks_before_update:
+            return False
+        known = {name: metrics[name] for name in ("response/length_mean", "gap/logprob_mean") if name in metrics}
+        return alarms.skips_update(number, reduce_metrics(known, self.mesh.all_gather_object))
 
     def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the step's loss, and its metrics."""

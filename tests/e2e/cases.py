@@ -132,6 +132,7 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
     The mesh, the reward workers and vLLM start once; everything else is made anew for every preset. Those in `resumed`
     run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`. The preset
     `parked` does so with all of the learner off the device while the engine samples: `<preset> parked`, and `in place`.
+    Under `left out`: those of a run whose third step an alarm leaves out.
     """
     from megarl import platform
 
@@ -168,6 +169,8 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
             own = [f"rl.algorithm.preset={parked}", *presets[parked], "memory.param_offload=true"]
             train(f"{cfg.run_dir}-parked", own, stop_after=3)
             rows[f"{parked} parked"] = train(f"{cfg.run_dir}-parked", [*own, "resume=auto"])
+        alarm = ["alarms.window=2", "alarms.length.above=0.01", "alarms.length.action=skip"]
+        rows["left out"] = train(f"{cfg.run_dir}-left-out", ["rl.algorithm.preset=grpo", *alarm], stop_after=3)
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
         for name, (method, broken) in BROKEN.items():

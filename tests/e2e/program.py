@@ -22,7 +22,15 @@ SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "opera
 STEPS = 6
 
 
+# What differs between two runs that compute the same: clocks, memory, and rates made of them.
+CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
+CLOCKS += ("sync/gb_per_second", "sync/of_plain_copy")
+
 MARK = "MEGARL_TEST_PROJECT"  # in the environment of everything a project starts
+
+
+def without_clocks(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
 
 
 def sums(**settings: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist.harness import run_ranks
-from tests.e2e.program import STEPS, SUMS, Project
-
-# What differs between two runs that compute the same: clocks, memory, and rates made of them.
-CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
-CLOCKS += ("sync/gb_per_second", "sync/of_plain_copy")
-
-
-def without_clocks(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
+from tests.e2e.program import STEPS, SUMS, Project, without_clocks
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

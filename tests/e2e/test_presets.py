@@ -10,8 +10,7 @@ import yaml
 
 from megarl.algorithms import PRESETS
 from tests.dist.harness import run_ranks
-from tests.e2e.program import Project
-from tests.e2e.test_pipeline import without_clocks
+from tests.e2e.program import Project, without_clocks
 
 STEPS = 5
 BAND = ["rl.algorithm.gate.low=0.01", "rl.algorithm.gate.high=0.013"]  # GSPO's, for responses of three tokens
@@ -145,6 +144,14 @@ def test_a_loss_that_is_not_a_number_stops_every_rank_and_keeps_the_micro_batche
         assert "gradient norm is nan" in ended["said"] and ended["kept"] in ended["said"]
         assert ended["unchanged"] and ended["kept"].endswith(f"rank{number}.safetensors")
         assert ended["tokens"] > 0 and ended["replayed"]  # with the loss as it should be, the same step goes through
+
+
+def test_an_alarm_before_the_update_leaves_the_weights_as_they_are(rows):
+    own = rows["left out"]
+    assert [row["alarms/skipped_updates"] for row in own] == [0, 0, 1]
+    assert ["policy/loss" in row for row in own] == [True, True, False]
+    assert own[2]["routing/update_changed"] == 0 and own[2]["sync/gap_mean"] <= 1e-5
+    assert own[2]["alarms/length"] == 1
 
 
 @pytest.mark.parametrize(
