@@ -12,10 +12,11 @@ from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput
+from megarl.secrets import refuse_literals
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
-REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
+REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "code", "http", "model", "weighted")
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
 
@@ -201,6 +202,8 @@ def _check_rewards(config: Config, require: Command | None) -> None:
     for key, reward in (("reward", config.reward), *((f"reward.named.{k}", r) for k, r in config.reward.named.items())):
         if reward.type not in REWARD_TYPES and ":" not in reward.type:
             raise BadInput(f"{key}.type = {reward.type!r}: set one of {', '.join(REWARD_TYPES)}, or module:function")
+        if reward.type == "http":
+            refuse_literals(reward.params, f"{key}.params")
         if reward is not config.reward and reward.named:
             raise BadInput(f"{key}.named: named rewards cannot nest; move its entries to reward.named")
         if reward.type == "model" and require == "rl":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from megarl.config.check import Command, check_config
 from megarl.config.schema import Config, Section, may_be_unset
 from megarl.errors import BadInput
+from megarl.secrets import VARIABLE
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = (), require: Command | 
         for old in [k for k in origins if k.startswith(key + ".")]:
             del origins[old]
         origins |= {leaf: "override" for leaf, _ in _leaves(OmegaConf.to_container(tree), only=key)}
+    _refuse_secrets(tree)
     try:
         data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
@@ -114,6 +117,14 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(tree):
         raise BadInput(f"{path}: holds no `key: value` pairs; start from a file in configs/")
     return tree
+
+
+def _refuse_secrets(tree: Any) -> None:
+    """Raises BadInput for `${oc.env:NAME}` of a secret: its value would be in everything that is saved."""
+    for key, value in _leaves(OmegaConf.to_container(tree)):
+        for name in re.findall(r"oc\.env:\s*([^},\s]+)", str(value)):
+            if VARIABLE.search(name):
+                raise BadInput(f"{key} = {value!r}: would be saved with the run; write ${name} where a secret may be given")
 
 
 def _apply_override(tree: Any, override: str) -> str:
