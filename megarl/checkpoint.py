@@ -22,6 +22,7 @@ from megarl.errors import BadInput
 from megarl.learner.optimizer import init_state, separate_steps
 from megarl.learner.policy import Policy, Role
 from megarl.parallel import Mesh
+from megarl.platform.safe_loading import check_shards
 
 platform.setup()
 
@@ -92,6 +93,7 @@ class Checkpointer:
         found = self.mesh.broadcast_object(found)
         if not found:
             return None
+        check_shards(found[-1] / "shards")
         state = json.loads((found[-1] / STATE).read_text())
         loaded = dist_checkpointing.load(self._sharded(is_loading=True), str(found[-1] / "shards"))
         for name, policy in self.policies.items():
@@ -160,6 +162,7 @@ def model_role(path: Path) -> Role:
 
     Raises BadInput when the shards are damaged or hold neither.
     """
+    check_shards(path)
     with damaged(path):
         names = dist_checkpointing.load_tensors_metadata(str(path))
     found = {name.partition(".")[0] for name in names}
@@ -174,6 +177,7 @@ def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
 
     Raises BadInput when the shards are damaged or belong to another model.
     """
+    check_shards(path)
     with damaged(path):
         loaded = dist_checkpointing.load({role: {"model": sharded_modules(role, modules)}}, str(path))
     for index, module in enumerate(modules):

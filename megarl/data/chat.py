@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megarl.bounds import TooMuch, bounded
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TOKENIZER_SECONDS = 120  # the largest tokenizers take two
+TEMPLATE_SECONDS, TEMPLATE_SECONDS_A_CHAT = 5.0, 0.01  # a hundred times what a long one takes
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -25,9 +30,14 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     if not Path(path).is_dir():
         raise BadInput(f"model.path: {path} is not a folder; set a Hugging Face checkpoint folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"{path}: no usable tokenizer: {_line(error)}; add its tokenizer.json") from None
+        with bounded(TOKENIZER_SECONDS, 4 << 30):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # anything: its files are others', and the Rust library panics on some
+        raise BadInput(
+            f"{path}: no usable tokenizer: {type(error).__name__}: {_line(error)}; add its tokenizer.json"
+        ) from None
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -161,7 +171,10 @@ def _render(
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: the tokenizer has no chat template; set model.chat_template")
     try:
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation)
+        with bounded(TEMPLATE_SECONDS + TEMPLATE_SECONDS_A_CHAT * len(chats)):
+            return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation)
+    except TooMuch as error:
+        raise BadInput(f"{_origin(rows[0])}: the chat template fails: {error}; set model.chat_template") from None
     except Exception as error:  # Jinja, and whatever a template raises through it
         if len(chats) > 1:
             for chat, row in zip(chats, rows, strict=True):

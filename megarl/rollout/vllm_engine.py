@@ -102,6 +102,7 @@ class VLLMEngine:
         try:
             return LLM(
                 model_path,
+                trust_remote_code=False,
                 hf_overrides=overrides(spec, read_config(model_path)),
                 dtype=dtype,
                 seed=self.seed,
@@ -372,7 +373,7 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
 def _tokenizer(model_path: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path)
+    return AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
 
 
 def _one_line(error: Exception) -> str:
