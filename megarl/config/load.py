@@ -22,7 +22,6 @@ from megarl.config.schema import Config, Section, may_be_unset
 from megarl.errors import BadInput
 from megarl.secrets import VARIABLE
 
-
 LARGEST_FILE = 4 << 20  # bytes
 MOST_NODES = 100_000
 READ_SECONDS = 30.0

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import megarl
-from megarl.secrets import from_environment, masked, without_secrets
 from megarl.errors import BadInput, RunFailed
 from megarl.rewards.frames import pack_work, take_answers
 from megarl.rewards.judge import HttpJudge
 from megarl.rewards.registry import check_reward, required_field, verifiers
+from megarl.secrets import from_environment, masked, without_secrets
 
 if TYPE_CHECKING:
     from megarl.config.schema import Reward
@@ -238,7 +238,9 @@ class RewardRunner:
         waiting = [worker for worker in self._workers if worker.chunk is not None or not worker.ready]
         now = time.monotonic()
         times = [worker.deadline for worker in waiting]
-        times += [worker.since + self._patience(worker.chunk.name) for worker in waiting if worker.since and worker.chunk]
+        times += [
+            worker.since + self._patience(worker.chunk.name) for worker in waiting if worker.since and worker.chunk
+        ]
         nearest = min((moment for moment in times if moment > now), default=now)
         nearest = now if any(worker.deadline <= now for worker in waiting) else nearest
         ready: list[_Worker] = []
