@@ -95,10 +95,10 @@ def model_shape(config: Config, require: Command | None = None) -> Mapping[str, 
 def _read_config_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({str(e).splitlines()[0]}); restore the checkpoint") from None
     family = found.get("model_type") if isinstance(found, dict) else None
-    if family not in families.FAMILIES:
+    if not isinstance(family, str) or family not in families.FAMILIES:
         raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(families.FAMILIES)}")
     found = families.normalised(found)
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
