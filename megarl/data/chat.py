@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LARGEST_ID = 1 << 24
 TOKENIZER_SECONDS = 120  # the largest tokenizers take two
 TEMPLATE_SECONDS, TEMPLATE_SECONDS_A_CHAT = 5.0, 0.01  # a hundred times what a long one takes
 
@@ -30,6 +32,7 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     if not Path(path).is_dir():
         raise BadInput(f"model.path: {path} is not a folder; set a Hugging Face checkpoint folder")
     try:
+        _check_ids(Path(path))
         with bounded(TOKENIZER_SECONDS, 4 << 30):
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
@@ -44,6 +47,25 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
         except (OSError, ValueError) as error:
             raise BadInput(f"model.chat_template: {chat_template}: {_line(error)}; set a Jinja file") from None
     return tokenizer
+
+
+def _check_ids(folder: Path) -> None:
+    """Raises ValueError for an id that is none: the library makes room for all ids up to the largest, and aborts."""
+    ids: list[Any] = []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        parts = found if isinstance(found, dict) else {}
+        model, added = parts.get("model"), parts.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else []
+        ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        named = parts.get("added_tokens_decoder")
+        ids += [int(token) for token in named] if isinstance(named, dict) else []
+    for token in ids:
+        if type(token) is not int or not 0 <= token < LARGEST_ID:
+            raise ValueError(f"the token id {token!r:.40} is not within 0 .. {LARGEST_ID - 1}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

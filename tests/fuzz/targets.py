@@ -166,6 +166,9 @@ METRICS = {
     "time/generate": 1.0,
     "routing/load_max_over_mean/layer_00": 1.2,
 }
+ANSWERS = b"".join(
+    struct.pack("<I", len(body)) + body for body in (b"null", b'[0, 1.0, "", 0.1]', b'[1, NaN, "nan", 0.1]')
+)
 CHAT = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}], "answer": "2"}
 PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
 
@@ -219,6 +222,7 @@ def config_json(data: bytes) -> None:
     folder = linked_model("config.json")
     file = folder / "config.json"
     file.write_bytes(data)
+    refused: Exception | None = None
     for read in (
         lambda: read_spec(folder),
         lambda: _read_config_json(file),
@@ -226,8 +230,10 @@ def config_json(data: bytes) -> None:
     ):
         try:
             read()
-        except REFUSALS:
-            pass
+        except REFUSALS as error:
+            refused = refused or error
+    if refused:
+        raise refused
 
 
 def _tokenizer(name: str, data: bytes) -> None:
@@ -346,7 +352,9 @@ TARGETS = {
             ),
         ],
     ),
-    "safetensors index": Target(safetensors_index, lambda: [lines({"metadata": {}, "weight_map": {"w": "a.safetensors"}})], "json"),
+    "safetensors index": Target(
+        safetensors_index, lambda: [lines({"metadata": {}, "weight_map": {"w": "a.safetensors"}})], "json"
+    ),
     "config.json": Target(config_json, lambda: [model_file("config.json")], "json"),
     "tokenizer.json": Target(tokenizer_json, lambda: [model_file("tokenizer.json")], "json"),
     "tokenizer_config.json": Target(tokenizer_config, lambda: [model_file("tokenizer_config.json")], "json"),
@@ -366,9 +374,7 @@ TARGETS = {
         lambda: [lines({"tokens": [1, 2, 99], "log_probs": [-1.0, -0.5, 0.0], "routed": [[3, 2, 2], [1, 2, 2]], "end": "stop"})],
         "json",
     ),
-    "answers of reward workers": Target(
-        reward_answers, lambda: [b"".join(struct.pack("<I", len(b)) + b for b in (b"null", b'[0, 1.0, "", 0.1]', b'[1, NaN, "nan", 0.1]'))]
-    ),
+    "answers of reward workers": Target(reward_answers, lambda: [ANSWERS]),
     "report": Target(
         report,
         lambda: [
