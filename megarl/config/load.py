@@ -142,7 +142,7 @@ def _check_size(path: Path) -> None:
         return sizes[id(node)]
 
     with path.open(encoding="utf-8") as stream:
-        root = yaml.compose(stream, yaml.SafeLoader)
+        root = yaml.compose(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if root is not None and size(root) > MOST_NODES:
         raise BadInput(f"{path}: its aliases (*name) repeat more than {MOST_NODES} values; write them out")
 

@@ -26,10 +26,13 @@ def check_inside(folder: Path, path: Path) -> None:
 
     A snapshot of the Hugging Face cache may lead to the blobs beside it.
     """
-    root = folder.resolve()
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, or a name that no file can have
+        raise BadInput(f"{str(path)!r}: no such file ({one_line(error)}); download the checkpoint again") from None
     root = root.parent.parent if root.parent.name == "snapshots" else root
-    if not path.resolve().is_relative_to(root):
-        raise BadInput(f"{path}: leads to {path.resolve()}, out of its folder; put the file itself there")
+    if not target.is_relative_to(root):
+        raise BadInput(f"{path}: leads to {target}, out of its folder; put the file itself there")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

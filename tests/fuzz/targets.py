@@ -42,7 +42,17 @@ from megarl.rollout.vllm_engine import Response, check_response
 from megarl.trainers.rollout_files import read_groups
 
 REFUSALS = (BadInput, RunFailed)
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL_CONFIG = b"""
+run_dir: &dir runs/x
+model: {path: m, generate: {num_layers: 2, tokenizer: {train_on: [{type: jsonl, path: a}]}}}
+parallel: {ep: 2, nproc: 2}
+sft: {data: [{type: jsonl, path: *dir}], optimizer: {betas: [0.9, 0.95], schedule: cosine}}
+rl: {data: [{type: reasoning_gym, task: chain_sum, params: {a: 1}}], algorithm: {preset: gspo, gate: {low: 0.1, high: 0.2}}}
+reward: {type: weighted, params: {weights: {a: 1}}, named: {a: {type: http, params: {url: "http://x", headers: {H: $T}}}}}
+eval: {data: [], temperature: 1.0}
+log: {profile_steps: [1]}
+export: {every: ${parallel.ep}}
+"""
 MARK = "<script>alert(1)</script>"
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd",
@@ -334,7 +344,7 @@ class Target:
 
 
 TARGETS = {
-    "config files": Target(config, lambda: [p.read_bytes() for p in sorted(CONFIGS.glob("cpu/*.yaml"))], "yaml"),
+    "config files": Target(config, lambda: [SMALL_CONFIG], "yaml"),
     "overrides": Target(override, lambda: [b"rl.steps=3", b"rl.data=[{type: jsonl, path: x}]", b"reward.params={a: 1}"]),
     "JSONL prompts": Target(jsonl_prompts, lambda: [lines({"prompt": "1+1=", "answer": 2}, CHAT | {"reward": "m"})], "jsonl"),
     "JSONL SFT": Target(jsonl_sft, lambda: [lines(CHAT, {"prompt": "a", "response": "b"}, {"text": "abc"})], "jsonl"),
@@ -446,24 +456,28 @@ def _spoilt_values(seed: bytes, kind: str, rng: random.Random) -> bytes:
 
 def _spoilt(value: Any, rng: random.Random) -> Any:
     """The value with one to three leaves, keys or branches replaced, removed, doubled or moved."""
-    value = json.loads(json.dumps(value))
+    value = _copy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
         if not places:
-            return rng.choice(HOSTILE)
+            return _copy(rng.choice(HOSTILE))
         holder, key = rng.choice(places)
         kind = rng.randrange(6)
         if kind < 3:
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = _copy(rng.choice(HOSTILE))
         elif kind == 3:
             del holder[key]
         elif kind == 4:
             holder[key] = [holder[key]] if rng.random() < 0.5 else {"a": holder[key]}
         elif isinstance(holder, dict):
-            holder[str(rng.choice(HOSTILE))[:100]] = holder[key]
+            holder[str(rng.choice(HOSTILE))[:100]] = _copy(holder[key])
         else:
-            holder.append(holder[key])
+            holder.append(_copy(holder[key]))
     return value
+
+
+def _copy(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
