@@ -7,7 +7,7 @@ Examples:
     tools/fuzz.py --cli 40                   # a sample of configurations through the command line
 
 Every case works or is refused with one line. A finding (a traceback, a hang, a file outside the run folder, a dead
-process) is kept with its number in runs/fuzz/state.json, and `tools/fuzz.py --run NAME NUMBER NUMBER` makes it again.
+process) is kept with its number in runs/fuzz/TARGET.json, and `tools/fuzz.py --run NAME NUMBER NUMBER` makes it again.
 Exit code 1 while there are findings.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-STATE, TABLE = ROOT / "runs/fuzz/state.json", ROOT / "tools/bench/results/fuzz.md"
+STATE, TABLE = ROOT / "runs/fuzz", ROOT / "tools/bench/results/fuzz.md"
 CHUNK, HANG = 250, 60  # cases of one process; seconds that no case may take
 OF_BYTES = {
     "safetensors header": ["megarl.convert"],
@@ -54,7 +54,7 @@ def main() -> int:
         return guided(given.guided[0], int(given.guided[1]))
     from tests.fuzz.targets import TARGETS
 
-    state = json.loads(STATE.read_text()) if STATE.exists() else {}
+    state = read_state()
     if given.cli:
         through_command_line(given.cli, state)
     elif given.atheris:
@@ -70,13 +70,19 @@ def entry_of(state: dict, key: str) -> dict:
     return state.setdefault(key, {"cases": 0, "works": 0, "refused": 0, "seconds": 0.0, "findings": []})
 
 
-def save(state: dict) -> None:
-    STATE.parent.mkdir(parents=True, exist_ok=True)
-    STATE.with_suffix(".new").write_text(json.dumps(state, indent=1))
-    STATE.with_suffix(".new").replace(STATE)
+def read_state() -> dict:
+    return {file.stem: json.loads(file.read_text()) for file in sorted(STATE.glob("*.json"))}
+
+
+def save(state: dict, key: str) -> None:
+    """Keeps one target's entry, and writes the table of all: several may be at work at the same time."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    partial = STATE / f"{key}.new"
+    partial.write_text(json.dumps(state[key], indent=1))
+    partial.replace(STATE / f"{key}.json")
     rows = [
         f"| {key} | {e['cases']:,} | {e['works']:,} | {e['refused']:,} | {len(e['findings'])} | {e['seconds']:.0f} |"
-        for key, e in state.items()
+        for key, e in read_state().items()
     ]
     today = datetime.date.today().isoformat()
     TABLE.write_text(
@@ -112,7 +118,7 @@ def with_cases(name: str, cases: int, state: dict) -> None:
         for key in ("works", "refused", "findings"):
             entry[key] += found[key]
         entry["cases"], entry["seconds"] = end, entry["seconds"] + time.monotonic() - started
-        save(state)
+        save(state, name)
     print(f"{name}: {entry['cases']:,} cases, {len(entry['findings'])} findings", flush=True)
 
 
@@ -141,7 +147,7 @@ def with_atheris(name: str, cases: int, state: dict) -> None:
     started = time.monotonic()
     code, said = child("--guided", name, str(left), seconds=3600)
     executed = re.findall(r"Done (\d+) runs|stat::number_of_executed_units: (\d+)", said)
-    counts = json.loads((STATE.parent / "guided.json").read_text()) if code == 0 else {"works": 0, "refused": 0}
+    counts = json.loads((STATE / "counts" / name).read_text()) if code == 0 else {"works": 0, "refused": 0}
     entry["cases"] += (
         sum(counts.values()) or int(executed[-1][0] or executed[-1][1]) if executed else sum(counts.values())
     )
@@ -150,7 +156,7 @@ def with_atheris(name: str, cases: int, state: dict) -> None:
     entry["seconds"] += time.monotonic() - started
     if code:
         entry["findings"].append(said[-600:])
-    save(state)
+    save(state, f"{name} (atheris)")
     print(f"{name} (atheris): {entry['cases']:,} cases, {len(entry['findings'])} findings", flush=True)
 
 
@@ -160,8 +166,8 @@ def guided(name: str, runs: int) -> int:
     with atheris.instrument_imports(include=OF_BYTES[name]):
         from tests.fuzz import targets
     counts = {"works": 0, "refused": 0}
-    STATE.parent.mkdir(parents=True, exist_ok=True)
-    record = STATE.parent / "guided.json"
+    record = STATE / "counts" / name
+    record.parent.mkdir(parents=True, exist_ok=True)
 
     def one(data: bytes) -> None:
         counts["works" if targets.attempt(name, data) == "works" else "refused"] += 1
@@ -171,7 +177,7 @@ def guided(name: str, runs: int) -> int:
     corpus = Path(tempfile.mkdtemp(prefix="megarl-corpus-"))
     for number in range(40):
         (corpus / str(number)).write_bytes(targets.case(name, number)[:8192])
-    options = [f"-runs={runs}", f"-timeout={HANG}", "-max_len=8192", f"-artifact_prefix={STATE.parent}/", str(corpus)]
+    options = [f"-runs={runs}", f"-timeout={HANG}", "-max_len=8192", f"-artifact_prefix={record.parent}/", str(corpus)]
     atheris.Setup([sys.argv[0], *options], one)
     atheris.Fuzz()  # ends the process
     return 0
@@ -181,7 +187,7 @@ def through_command_line(cases: int, state: dict) -> None:
     """`megarl config FILE` on spoilt configurations, and `megarl convert` of spoilt checkpoints."""
     from tests.fuzz import targets
 
-    entry = entry_of(state, "command line (config, convert)")
+    entry = entry_of(state, "command line")
     folder = targets.home() / "run" / "cli"
     shutil.copytree(targets.home() / "model", folder)
     whole = (folder / "config.json").read_bytes()
@@ -209,7 +215,7 @@ def through_command_line(cases: int, state: dict) -> None:
             entry["findings"].append(f"{number}: exit code {done.returncode}: {done.stderr[-300:]}")
         entry["works" if done.returncode == 0 else "refused"] += 1
         entry["cases"], entry["seconds"] = number + 1, entry["seconds"] + time.monotonic() - started
-        save(state)
+        save(state, "command line")
     shutil.rmtree(targets.home())
     print(f"command line: {entry['cases']} cases, {len(entry['findings'])} findings", flush=True)
 

@@ -51,7 +51,7 @@ rl: {data: [{type: reasoning_gym, task: chain_sum, params: {a: 1}}], algorithm: 
 reward: {type: weighted, params: {weights: {a: 1}}, named: {a: {type: http, params: {url: "http://x", headers: {H: $T}}}}}
 eval: {data: [], temperature: 1.0}
 log: {profile_steps: [1]}
-export: {every: ${parallel.ep}}
+export: {every: "${parallel.ep}"}
 """
 MARK = "<script>alert(1)</script>"
 HOSTILE: list[Any] = [
