@@ -14,6 +14,10 @@ class TooMuch(Exception):
     """It ran longer, or took more memory, than it was given."""
 
 
+class _Stop(BaseException):
+    """What ends the block: no Exception, which libraries catch and say something else about."""
+
+
 @contextlib.contextmanager
 def bounded(seconds: float, memory: int = 1 << 30) -> Iterator[None]:
     """Raises TooMuch when the block takes longer than `seconds` or, beside what there is, more than `memory` bytes.
@@ -30,7 +34,7 @@ def bounded(seconds: float, memory: int = 1 << 30) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    except TooMuch:
+    except _Stop:
         raise TooMuch(f"it takes longer than {seconds:g} s") from None
     except MemoryError:
         raise TooMuch(f"it takes more than {memory >> 20} MiB of memory") from None
@@ -44,7 +48,7 @@ def bounded(seconds: float, memory: int = 1 << 30) -> Iterator[None]:
 
 
 def _stop(number: int, frame: Any) -> None:
-    raise TooMuch
+    raise _Stop
 
 
 def _data_bytes() -> int:

@@ -294,7 +294,7 @@ class RewardRunner:
         if not reason and not math.isfinite(score):
             raise ValueError(answer)
         score = self._rewards[chunk.name].failed_score if reason and not math.isnan(score) else score
-        return ScoreResult(score, bool(reason), reason, seconds)
+        return ScoreResult(score, bool(reason), masked(reason) if reason else "", seconds)
 
     def _receive(self, worker: _Worker) -> None:
         """Adds what is now in the worker's pipe to its buffer."""

@@ -19,9 +19,12 @@ import math
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarl.rewards import sandbox
@@ -29,6 +32,7 @@ from megarl.rewards.frames import read_work, write_answer
 from megarl.rewards.functions import build
 
 LARGEST = 1e18  # a larger score overflows float32 in the square
+MARGIN = 8  # tasks that the cgroup allows beyond what ends a worker, so that it is ended and not refused
 PREPARING = 600  # seconds of processor time for what is imported between two chunks
 PRINTED = 1 << 16  # bytes of a worker's output that reach the log, each minute
 
@@ -43,24 +47,29 @@ def main() -> None:
     sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         os._exit(1)
+    group = sandbox.task_group(limits["tasks"] + MARGIN)
+    folder = tempfile.mkdtemp(prefix="megarl-reward-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     missing = sandbox.new_namespaces(limits["network"])
     output, printed = os.pipe()
     first = os.fork()
     if not first:
         try:
             os.close(output)
+            if group is not None:
+                (group / "cgroup.procs").write_text("0")
             first_process(limits, missing, printed, verdict)
         finally:
             os._exit(1)
     os.close(printed)
     for fd in (0, 1):
         os.close(fd)  # the frames are the worker's
-    signal.signal(signal.SIGTERM, lambda *_: end(first, verdict, ""))
-    end(first, verdict, watch(first, output, limits))
+    signal.signal(signal.SIGTERM, lambda *_: end(first, verdict, "", folder, group))
+    end(first, verdict, watch(first, output, limits), folder, group)
 
 
-def end(first: int, verdict: int, reason: str) -> None:
-    """Kills everything below the warden, says why, and exits."""
+def end(first: int, verdict: int, reason: str, folder: str, group: Path | None) -> None:
+    """Kills everything below the warden, says why, removes its temporary folder and its cgroup, and exits."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if reason:
         with contextlib.suppress(OSError):
@@ -68,6 +77,10 @@ def end(first: int, verdict: int, reason: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(first, signal.SIGKILL)
     sandbox.end_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
+    if group is not None:
+        with contextlib.suppress(OSError):
+            group.rmdir()
     os._exit(0)
 
 

@@ -48,8 +48,7 @@ def copy(model: Path, tmp_path: Path) -> Path:
         ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)), "aliases"),
         ("a: &a [*a]\n", "aliases|recursive|found undefined"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested|recursion|cannot be read|aliases"),
-        ("x0: aaaaaaaaaaaaaaaa\n" + "".join(f"x{i}: '{'${x%d}' % (i - 1) * 2}'\n" for i in range(1, 40)) + "model: {path: m}\n",
-         "takes (longer|more)"),
+        ("x0: aaaaaaaa\n" + "".join(f"x{i}: '{f'${{x{i - 1}}}' * 2}'\n" for i in range(1, 40)), "takes (longer|more)"),
         ("a: !!python/object/apply:os.system ['touch /tmp/yaml-was-run']\n", "YAML|constructor"),
     ],
 )  # fmt: skip
@@ -65,11 +64,11 @@ def test_configurations_that_grow_or_act_are_refused(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.3 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.31 s"),
         ("{{ 'a' * 9999999999 }}", "more than 1024 MiB"),
         (
             "{% set x = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
-            "more than",
+            "takes",
         ),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
         ("{{ messages.append(1) }}", "unsafe|not callable"),

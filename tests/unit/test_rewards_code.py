@@ -34,8 +34,8 @@ def scores(runner: RewardRunner, *programs: str, tests: object = SUMS, reward: s
 
 
 def test_programs_are_scored_by_what_they_print(runner: RewardRunner) -> None:
-    assert scores(runner, GOOD, f"Thus:\n```python\n{GOOD}\n```\nDone.", "print(3)", "import sys; print(3); sys.exit(1)", "no code") == [
-        1, 1, 0, 0, 0]  # fmt: skip
+    wrong = ("print(3)", "import sys; print(3); sys.exit(1)", "no code")
+    assert scores(runner, GOOD, f"Thus:\n```python\n{GOOD}\n```\nDone.", *wrong) == [1, 1, 0, 0, 0]
     assert scores(runner, GOOD, "print(3)", "print(4)", reward="partial") == [1, 0.5, 0]
     assert required_field(runner.reward) == ("tests",)
 
@@ -62,8 +62,6 @@ def test_tests_of_another_form_are_a_failure_of_that_row(runner: RewardRunner) -
     ],
 )
 def test_a_program_that_does_harm_fails_its_test_alone(runner: RewardRunner, program: str) -> None:
-    if runner.missing and "kill" in program:
-        pytest.fail("without namespaces a program may kill its worker, which then is a failure: see SECURITY.md")
     one = SUMS[:1]
     assert scores(runner, GOOD, program, GOOD, tests=one) in ([1, 0, 1], [1, 1, 1] if "print(3)" in program else None)
 
@@ -97,7 +95,7 @@ print(*filter(None, found))
             result = fresh.score([(row, program)])[0]
     assert (result.score, result.failed) == (1.0, False), result
     assert not list(tmp_path.iterdir())
-    assert not [name for name in os.listdir("/tmp") if name.startswith("megarl-program-")]
+    assert not [name for name in os.listdir("/tmp") if name.startswith("megarl-reward-")]
 
 
 def test_params_are_checked() -> None:
