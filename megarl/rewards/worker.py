@@ -58,6 +58,8 @@ def main() -> None:
             os.close(output)
             if group is not None:
                 (group / "cgroup.procs").write_text("0")
+            elif os.getuid():
+                sandbox.limit_user_tasks(limits["tasks"] + MARGIN)
             first_process(limits, missing, printed, verdict)
         finally:
             os._exit(1)

@@ -19,7 +19,7 @@ GOOD = "print(sum(map(int, input().split())))"
 
 @pytest.fixture(scope="module")
 def runner():
-    params = {"seconds": 1.0, "memory_gib": 0.2}
+    params = {"seconds": 2.0, "memory_gib": 0.2}
     named = {"partial": Reward(type="code", params={**params, "partial": True})}
     reward = Reward(type="code", params=params, named=named, max_failed_fraction=1.0)
     with RewardRunner(reward) as runner:
@@ -68,6 +68,7 @@ def test_a_program_that_does_harm_fails_its_test_alone(runner: RewardRunner, pro
 
 def test_a_program_reaches_nothing_outside(runner: RewardRunner, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "value of a secret")
+    before = {name for name in os.listdir("/tmp") if name.startswith("megarl-reward-")}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -95,7 +96,7 @@ print(*filter(None, found))
             result = fresh.score([(row, program)])[0]
     assert (result.score, result.failed) == (1.0, False), result
     assert not list(tmp_path.iterdir())
-    assert not [name for name in os.listdir("/tmp") if name.startswith("megarl-reward-")]
+    assert {name for name in os.listdir("/tmp") if name.startswith("megarl-reward-")} <= before
 
 
 def test_params_are_checked() -> None:

@@ -44,9 +44,6 @@ def score(prompt, response, answer, **metadata):
         os.kill(os.getpid(), signal.SIGKILL)
     if response == "stop itself":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if response == "kill all":
-        os.kill(-1, signal.SIGKILL) if os.path.exists("/proc/1/comm") and len(os.listdir("/proc/1/fd")) >= 0 and \\
-            own_namespace() else os._exit(9)
     if response == "children":
         for _ in range(3): subprocess.Popen(SLEEP)
         return 0.5
@@ -107,9 +104,6 @@ def score(prompt, response, answer, **metadata):
     return {"nan": math.nan, "infinity": -math.inf, "huge": 1e300, "text": "0.5", "long text": "9" * 10**7,
             "none": None, "list": [1.0], "object": Strange(), "huge int": 10**400}[response]
 
-def own_namespace():
-    return os.getpid() < 10
-
 class Strange(BaseException):
     def __str__(self): raise RuntimeError("no text")
     __repr__ = __float__ = __str__
@@ -150,6 +144,18 @@ CASES = {
     "object": "Strange|no text",
     "huge int": "not a number",
 }
+# Where only signals hold the tree together. Not the fork bomb: root without a cgroup is bound by nothing but the warden.
+FEW = [
+    "hang",
+    "kill itself",
+    "stop itself",
+    "children",
+    "daemon",
+    "daemon and exit",
+    "fork",
+    "memory of children",
+    "nan",
+]
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c",
                  'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all "$@"', "sh"]  # fmt: skip
 
@@ -159,16 +165,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What `reward_program` saw, where a worker may have namespaces (if this system lets it) and where it may not."""
     folder = tmp_path_factory.mktemp("verifier")
     (folder / "bad_verifier.py").write_text(VERIFIER)
-    found = {"as here": run([], folder)}
+    found = {"as here": run([], folder, list(CASES))}
     if not found["as here"]["missing"]:
-        found["without namespaces"] = run(NO_NAMESPACES, folder)
+        found["without namespaces"] = run(NO_NAMESPACES, folder, FEW)
         assert found["without namespaces"]["missing"] == ["processes of its own", "being cut off from the network"]
     return found
 
 
-def run(prefix: list[str], folder: Path) -> dict:
+def run(prefix: list[str], folder: Path, cases: list[str]) -> dict:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
-    command = [*prefix, sys.executable, "-m", "tests.unit.reward_program", *CASES]
+    command = [*prefix, sys.executable, "-m", "tests.unit.reward_program", *cases]
     with open(folder / "log", "wb") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=env, cwd=folder, timeout=240)
     text = (folder / "log").read_bytes()
@@ -180,6 +186,8 @@ def run(prefix: list[str], folder: Path) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_the_others_keep_their_scores_and_nothing_is_left(outcomes: dict[str, dict], case: str) -> None:
     for where, outcome in outcomes.items():
+        if case not in outcome["cases"]:
+            continue
         seen = outcome["cases"][case]
         assert seen["good"] == [["1.0", False, ""]] * 12, where
         assert seen["left"] == [], where
