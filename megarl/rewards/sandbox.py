@@ -45,11 +45,11 @@ def unshare(flags: int) -> bool:
 
 
 def new_namespaces(network: bool) -> list[str]:
-    """Own processes, mounts and, unless `network`, an empty network for the children of this process.
+    """Own processes and, unless `network`, an empty network for the children of this process.
 
     Returns what could not be had. Without root it takes a user namespace, in which the user stays who it is.
     """
-    wanted = NEW_PIDS | NEW_FILES | NEW_IPC | (0 if network else NEW_NET)
+    wanted = NEW_PIDS | NEW_IPC | (0 if network else NEW_NET)
     user, group = os.getuid(), os.getgid()
     if unshare(wanted):
         return []
@@ -63,7 +63,11 @@ def new_namespaces(network: bool) -> list[str]:
 
 
 def mount_own_proc() -> None:
-    """In the first process of a new pid namespace: a /proc that shows this namespace only. Raises OSError."""
+    """In the first process of a new pid namespace: a /proc that shows this namespace only, for it and its children.
+
+    Raises OSError. Whoever watches from outside keeps the /proc that shows all.
+    """
+    _call(_libc.unshare(NEW_FILES))
     _call(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
     _call(_libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None))
 
@@ -73,8 +77,7 @@ class _Attributes(ctypes.Structure):
 
 
 def only_writable(folder: str, size: int) -> None:
-    """In a new mount namespace: every file system read-only, and an empty one of `size` bytes at `folder`. Raises OSError."""
-    _call(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    """After `mount_own_proc`: every file system read-only, and an empty one of `size` bytes at `folder`. Raises OSError."""
     read_only = _Attributes(MOUNT_ATTR_RDONLY, 0, 0, 0)
     _call(
         _libc.syscall(
@@ -112,8 +115,9 @@ def task_group(tasks: int) -> Path | None:
             continue
         parent = Path("/sys/fs/cgroup", "pids" if version_1 else ".", path.strip("/"))
         for old in parent.glob("megarl-reward-*"):  # of a warden that was killed
-            with contextlib.suppress(OSError):
-                old.rmdir()
+            if not Path("/proc", old.name.rpartition("-")[2]).exists():
+                with contextlib.suppress(OSError):
+                    old.rmdir()
         group = parent / f"megarl-reward-{os.getpid()}"
         try:
             group.mkdir()

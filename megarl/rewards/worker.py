@@ -57,7 +57,8 @@ def main() -> None:
         try:
             os.close(output)
             if group is not None:
-                (group / "cgroup.procs").write_text("0")
+                with contextlib.suppress(OSError):
+                    (group / "cgroup.procs").write_text("0")
             elif os.getuid():
                 sandbox.limit_user_tasks(limits["tasks"] + MARGIN)
             first_process(limits, missing, printed, verdict)
@@ -162,7 +163,11 @@ def ending(code: int, limits: dict[str, Any]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}"[:2000].split())[:500]
+    try:
+        text = str(error)
+    except BaseException:  # its class is the verifier's own
+        text = "it says nothing"
+    return " ".join(f"{type(error).__name__}: {text[:2000]}".split())[:500]
 
 
 def checked(score: Any) -> tuple[float, str]:

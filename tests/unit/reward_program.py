@@ -12,7 +12,7 @@ from megarl.rewards import RewardRunner
 from megarl.rewards.sandbox import descendants
 from megarl.types import Prompt
 
-TIMEOUT = 1.0
+TIMEOUT = 1.5
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def score(prompt, response, answer, **metadata):
     if response == "memory of children":
         for _ in range(8):
             if not os.fork():
-                kept = bytearray(b"x") * 100_000_000
+                kept = bytearray(b"x") * 150_000_000
                 time.sleep(100)
         time.sleep(100)
     if response == "close":
@@ -113,21 +113,21 @@ score.prepare = lambda rows: None
 
 # What a response does -> what its result says; None: it gets the score the verifier returns.
 CASES = {
-    "hang": "timed out after 1 s|processor time",
-    "hang in C": "timed out after 1 s",
-    "burn": "timed out after 1 s|processor time",
+    "hang": "timed out after 1.5 s|processor time",
+    "hang in C": "timed out after 1.5 s",
+    "burn": "timed out after 1.5 s|processor time",
     "exit": "exit code 7",
     "sys.exit": "SystemExit: 3",
     "segfault": "SIGSEGV",
     "kill itself": "SIGKILL",
-    "stop itself": "timed out after 1 s",
+    "stop itself": "timed out after 1.5 s",
     "children": None,
     "daemon": None,
     "daemon and exit": "exit code 5",
     "fork": None,
-    "fork bomb": "started more than 40 processes|timed out|BlockingIOError|SIGKILL",
+    "fork bomb": "started more than 40 processes and threads",
     "threads": "started more than 40 processes and threads|can't start new thread",
-    "print": None,
+    "print": "none or timed out after 1.5 s",
     "memory": "MemoryError|more than 0.3 GiB",
     "memory of children": "more than 0.3 GiB of memory",
     "close": "ended|no answer|timed out",
@@ -193,11 +193,11 @@ def test_the_others_keep_their_scores_and_nothing_is_left(outcomes: dict[str, di
         assert seen["left"] == [], where
         score, failed, reason = seen["bad"]
         wanted = CASES[case]
-        if wanted is None:
+        if wanted is None or (wanted.startswith("none or ") and not failed):
             assert (score, failed, reason) == ("0.5", False, ""), where
         else:
             assert (score, failed) == ("nan" if case == "nan" else "-1.0", True), where
-            assert any(part in reason for part in wanted.split("|")), (where, reason)
+            assert any(part in reason for part in wanted.removeprefix("none or ").split("|")), (where, reason)
             assert len(reason) <= 500, where
         assert outcome["workers"] == 1 and outcome["at the end"] == 0, where
 

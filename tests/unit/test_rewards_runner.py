@@ -196,6 +196,7 @@ def test_close_and_time_out_end_what_a_verifier_started(verifier):
     first = [runner._workers[0].process.pid, *descendants(runner._workers[0].process.pid)]
     assert runner.score([(prompt(), "child")])[0].failed
     assert gone(first)
+    assert runner.score([(prompt(), "x")])[0].score == 1
     second = worker_pid(runner)
     assert second not in first
     runner.close()
