@@ -29,6 +29,7 @@ from megarl.learner.policy import Policy, Role
 from megarl.models.layers.fp8_layers import AMAX
 from megarl.parallel import Mesh
 from megarl.platform import features
+from megarl.platform.safe_loading import check_shards
 
 platform.setup()
 
@@ -138,6 +139,7 @@ class Checkpointer:
         )
 
     def _load(self, path: Path) -> int:
+        check_shards(path / SHARDS)
         with damaged(path):
             state = json.loads((path / STATE).read_text())
             sharded = self._sharded(is_loading=True)
@@ -473,6 +475,7 @@ def model_role(path: Path) -> Role:
 
     Raises BadInput when the shards are damaged or hold neither.
     """
+    check_shards(path)
     with damaged(path):
         names = dist_checkpointing.load_tensors_metadata(str(path))
     found = {name.partition(".")[0] for name in names}
@@ -487,6 +490,7 @@ def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
 
     Raises BadInput when the shards are damaged or belong to another model.
     """
+    check_shards(path)
     with damaged(path):
         loaded = dist_checkpointing.load({role: {"model": sharded_modules(role, modules)}}, str(path))
     for index, module in enumerate(modules):

@@ -16,6 +16,7 @@ import typer
 
 from megarl import __version__, launcher
 from megarl.errors import EXIT_CODES, BadInput, RunFailed
+from megarl.secrets import masked
 
 app = typer.Typer(
     add_completion=False,
@@ -72,7 +73,7 @@ def main() -> None:
 
 def _fail(line: str, code: int) -> int:
     """Say it once, where a person sees it: through the launcher, or on stderr."""
-    line = " ".join(line.split())
+    line = masked(" ".join(line.split()))
     launcher.report_failure(line, code)
     who = f"rank {os.environ['RANK']}: " if launcher.is_rank() else ""
     print(f"error: {who}{line}", file=launcher.error_stream(), flush=True)
@@ -87,7 +88,7 @@ def _fail_usage(error: Any) -> int:
 
 
 def _fail_unexpectedly(error: Exception) -> int:
-    text = "".join(traceback.format_exception(error))
+    text = masked("".join(traceback.format_exception(error)))
     line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if launcher.is_rank():
         print(text, file=sys.stderr, flush=True)

@@ -13,10 +13,11 @@ from megarl.config.layouts import Shape, check_layout
 from megarl.config.optimizers import check_optimizers
 from megarl.config.schema import PHASES, Config, DataSource
 from megarl.errors import BadInput
+from megarl.secrets import refuse_literals
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
-REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
+REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "code", "http", "model", "weighted")
 FP8_BLOCK = 128
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
@@ -108,10 +109,10 @@ def model_shape(config: Config, require: Command | None = None) -> Mapping[str, 
 def _read_config_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({str(e).splitlines()[0]}); restore the checkpoint") from None
     family = found.get("model_type") if isinstance(found, dict) else None
-    if family not in families.FAMILIES:
+    if not isinstance(family, str) or family not in families.FAMILIES:
         raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(families.FAMILIES)}")
     found = families.normalised(found)
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
@@ -213,6 +214,8 @@ def _check_rewards(config: Config, require: Command | None) -> None:
     for key, reward in (("reward", config.reward), *((f"reward.named.{k}", r) for k, r in config.reward.named.items())):
         if reward.type not in REWARD_TYPES and ":" not in reward.type:
             raise BadInput(f"{key}.type = {reward.type!r}: set one of {', '.join(REWARD_TYPES)}, or module:function")
+        if reward.type == "http":
+            refuse_literals(reward.params, f"{key}.params")
         if reward is not config.reward and reward.named:
             raise BadInput(f"{key}.named: named rewards cannot nest; move its entries to reward.named")
         if reward.type == "model" and require == "rl":

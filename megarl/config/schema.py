@@ -438,16 +438,25 @@ class Rollout(Section):
 
 class Reward(Section):
     type: str = "exact_match"
-    """exact_match, regex, math_verify, reasoning_gym, http, `module:function`, model (a reward model's score of prompt
+    """exact_match, regex, math_verify, reasoning_gym, code, http, `module:function`, model (a reward model's score of prompt
     and response), or weighted (a sum of named rewards)."""
     params: dict[str, Any] = {}
-    """Passed to the reward (pattern, url, ...); of model: `path`; of weighted: `weights`, {name of a part: factor}."""
+    """Passed to the reward (pattern, url, ...); of model: `path`; of weighted: `weights`, {name of a part: factor}.
+    `$NAME` in url and headers of http is read from the environment when it is used, and never saved."""
     named: dict[str, Reward] = {}
     """Rewards that rows can choose by name, and the parts of a weighted one."""
     workers: Positive = 1
     """Scoring processes per rank."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 10
     """Hard limit for one response; the worker is killed and replaced."""
+    cpu_seconds: Positive = 60
+    """Processor time of one response, in each process that scores it."""
+    memory_gib: Annotated[float, Field(gt=0)] = 4.0
+    """Memory of one worker with all it has started; more ends the worker, and the response has failed."""
+    max_processes: Positive = 256
+    """Processes and threads of one worker with all it has started; what a response has started ends with it."""
+    network: bool = False
+    """`module:function` may open connections and sees the environment's tokens. http always may, programs of code never."""
     failed_score: float = 0.0
     """Score of a response whose reward crashed or timed out."""
     max_failed_fraction: Fraction = 0.2
@@ -521,8 +530,8 @@ class Log(Section):
 
 
 PHASES = (
-    "start", "between_phases", "data", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "update",
-    "sync", "eval", "validation", "checkpoint", "export",
+    "start", "between_phases", "data", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "offload",
+    "update", "sync", "eval", "validation", "checkpoint", "export",
 )  # fmt: skip
 
 

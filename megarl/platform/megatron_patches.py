@@ -46,6 +46,9 @@ def install() -> None:
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
     filesystem_async._results_queue = queue.Queue()
+    from megarl.platform import safe_loading
+
+    safe_loading.install()
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -193,12 +193,14 @@ def _first_and_last_rollouts(folder: Path) -> list[tuple[int, list[Row]]]:
 
 def _trajectories(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in islice(file, SCANNED_TRAJECTORIES):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of an interrupted run
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # the last line of an interrupted run
                 break
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
@@ -207,18 +209,20 @@ def _by_step(rows: list[Row]) -> list[Row]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(text) or {}
+        return found if isinstance(found, dict) else {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{path}: not YAML ({str(error).splitlines()[0]}); restore the config the run wrote") from None
 
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_text(path) or "{}")
-    except json.JSONDecodeError:
+        found = json.loads(_text(path) or "{}")
+        return found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError):
         raise BadInput(f"{path}: not JSON; delete it and report again") from None

@@ -135,6 +135,8 @@ class RLTrainer:
             f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step in "
             f"{rl.optimizer_steps_per_rollout} optimizer steps"
         )
+        if rewards.missing:
+            self.loop.display.note(f"warning: reward workers go without {', '.join(rewards.missing)}: not allowed here")
         budget = cfg.rollout.max_response_tokens
         for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
             self.loop.display.note(f"warning: {line}")
