@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "tests/e2e/test_quickstart.py::test_rl_lifts_held_out_accuracy_by_twenty_points[1]"
 TESTS = [QUICKSTART, "tests/gpu", "tests/unit/test_vllm_engine.py", "tests/dist/test_learner.py"]
-PACKAGES = ["megarl", "torch", "vllm", "megatron-core", "transformer-engine", "apex", "triton", "flashinfer-python", "transformers"]
+PACKAGES = ["torch", "vllm", "megatron-core", "transformer-engine", "apex", "triton", "flashinfer-python", "transformers"]
 NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
 
 

@@ -38,9 +38,8 @@ def sync(path: str, dtype: str, degrees: dict[str, int] = {}, **rollout: Any) ->
         if reason is None and direct is None:
             continue
         engine.reload_reason, engine._direct = reason, None if reason else direct
-        spoiled = ((name, tensor * 1.1) for name, tensor in WeightSync(policy.spec, parallel, mesh, engine).stream(policy.modules))
-        engine.load_weights(spoiled, 0)
         weight_sync = WeightSync(policy.spec, parallel, mesh, engine)
+        engine.load_weights(((name, tensor * 1.1) for name, tensor in weight_sync.stream(policy.modules)), 0)
         weight_sync.run(policy.modules, 1)
         gap = check_sync(weight_sync, policy.modules, probes, expected, default_threshold(dtype))
         check_checksums(weight_sync, policy.modules)

@@ -73,7 +73,8 @@ def test_files_hold_machine_versions_and_every_test(junit, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gpu_smoke.json", "gpu_smoke.md"]
     assert json.loads((tmp_path / "new" / "gpu_smoke.json").read_text()) == {"machine": found, "tests": rows}
     page = (tmp_path / "new" / "gpu_smoke.md").read_text()
-    for text in ("`tools/gpu_smoke.sh -k some`", found["date"], "1 passed, 1 failed, 1 skipped, 1 error.", "| apex | not there |"):
+    counts = "1 passed, 1 failed, 1 skipped, 1 error."
+    for text in ("`tools/gpu_smoke.sh -k some`", found["date"], counts, "| apex | not there |"):
         assert text in page
     results = [line for line in page.splitlines() if line.startswith("| test_some.")]
     assert len(results) == 4 and "tokens a second: 1,234; odd \\| name: a \\| b" in results[0]
