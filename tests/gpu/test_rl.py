@@ -16,9 +16,8 @@ ONE = {"parallel": {"ep": 1, "nproc": 1}}
 def test_rl_steps_and_going_on(tmp_path, dtype, record_property):
     project = Project.create(tmp_path, **ONE)
     for command, *changes in (("sft",), ("train",), ("train", f"rl.steps={STEPS + 2}", "resume=auto")):
-        with project.start(command, project.config, f"model.dtype={dtype}", *changes) as job:
-            code, _output, errors = job.end(timeout=700)  # vLLM compiles the model at its first start
-        assert code == 0, errors
+        done = project.megarl(command, project.config, f"model.dtype={dtype}", *changes)
+        assert done.returncode == 0, done.stderr
     rows = [row for row in project.rows() if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
     assert max(row["sync/gap_mean"] for row in rows) <= THRESHOLDS[dtype]

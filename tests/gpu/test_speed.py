@@ -18,7 +18,7 @@ def test_speed(cuda, tmp_path, record_property):
     path = str(tmp_path / "model")
     shape = Generate(moe_intermediate_size=768, context=2048, tokenizer=Tokenizer(vocab_size=320), **WIDE)
     generate_checkpoint(path, shape)
-    found = run_ranks("tests.gpu.cases:speed", 1, path, timeout=3000)[0]
+    found = run_ranks("tests.gpu.engine_cases:speed", 1, path, timeout=3000)[0]
     for part in ("learner", "rollout"):
         share = f"{found[f'{part}_flops'] / found['peak_flops']:.1%}" if found["peak_flops"] else "unknown: not in chips.py"
         record_property(f"{part} tokens a second", f"{found[f'{part}_tokens_per_second']:,.0f}")
@@ -26,6 +26,6 @@ def test_speed(cuda, tmp_path, record_property):
         assert found[f"{part}_tokens_per_second"] > 0
     sync, copy = found["sync_bytes_per_second"], found["copy_bytes_per_second"]
     record_property("weight sync", f"{sync / 1e9:,.1f} GB/s, a device copy {copy / 1e9:,.1f} GB/s")
-    record_property("weight sync into vLLM's layers", found["reload"] or "yes")
+    record_property("weight sync into vLLM's layers", found["reason"] or "yes")
     record_property("device memory at most", f"{found['device_peak_gib']:.1f} GiB")
     assert sync > 0

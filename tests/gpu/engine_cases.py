@@ -33,7 +33,7 @@ def sync(path: str, dtype: str, degrees: dict[str, int] = {}, **rollout: Any) ->
     engine = VLLMEngine(path, Rollout(max_context=96, gpu_memory_utilization=0.3, **rollout), dtype, 3, mesh, load=False)
     probes = make_probes(policy.spec.vocab_size, 4, engine.probe_length)
     expected = probe_log_probs(policy, probes)
-    direct, out = engine._direct, {"reload": engine.reload_reason}
+    direct, out = engine._direct, {"reason": engine.reload_reason}
     for way, reason in (("direct", None), ("reload", "it is asked for")):
         if reason is None and direct is None:
             continue
@@ -95,6 +95,6 @@ def speed(path: str, dtype: str = "bfloat16") -> dict[str, Any]:
         "peak_flops": peak(torch.cuda.get_device_name()),
         "sync_bytes_per_second": best.speed,
         "copy_bytes_per_second": best.copy_speed,
-        "reload": engine.reload_reason,
+        "reason": engine.reload_reason,
         "device_peak_gib": platform.device_memory()["peak_allocated"],
     }
