@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl import platform
+from megarl.platform.shared_memory import Mapped
 from megarl.rollout.sync_plan import Exchanged, Piece, Run, SyncPlan, message_bytes
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ ALIGNMENT = 64  # bytes, of messages in a window
 class Exchange:
     """The messages of a plan on one rank. Collective over the world, as is every use of `blocks`.
 
-    Ranks of one machine that can share memory write messages into a window of their own, in one half for every other
-    block, tell the receivers where a message lies and wait for their receipts before they use the half again. Other
-    messages are sent. Parameters go in the precision of the plan.
+    Where all ranks can map each other's parameters, they read them in place. Otherwise ranks of one machine that can share
+    memory write messages into a window of their own, in one half for every other block, tell the receivers where a message
+    lies and wait for their receipts before they use the half again; and other messages are sent, in the plan's precision.
     """
 
     def __init__(self, plan: SyncPlan, mesh: Mesh) -> None:
@@ -41,12 +42,17 @@ class Exchange:
         )
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
+        self.mapped: Mapped | None = None
+        self.is_mappable = len(self.shared.windows) == mesh.world_size
 
     def blocks(self, held: dict[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
         `held`: Megatron name -> this rank's parameter. `ahead`: the next block is on its way while one is used.
         """
+        if self._map(held):
+            yield from self._in_place(held)
+            return
         works = self._post(0, held)
         for number, block in enumerate(self.schedule):
             moved = self._collect(block, held, works)
@@ -58,6 +64,40 @@ class Exchange:
             if not ahead:
                 works = self._post(number + 1, held)
         self._settle(0), self._settle(1)
+
+    def _map(self, held: dict[str, Tensor]) -> bool:
+        """Whether parameters can be read where they are; those that others need then lie in memory that they map.
+
+        Their storages move there in the first sync, one after another.
+        """
+        if not self.is_mappable:
+            return False
+        needed = {name: held[name] for name in self._sent()}
+        if self.mesh.any(self.mapped is None or not self.mapped.holds(needed)):
+            self.mapped = platform.map_tensors(needed, (self.mesh.rank, self.mesh.world_size), self.mesh.all_gather_object)
+            self.is_mappable = self.mapped is not None
+        return self.is_mappable
+
+    def _sent(self) -> set[str]:
+        others = (runs for block in self.schedule for rank, runs in block.outgoing.items() if rank != self.mesh.rank)
+        return {run.first.entry.source for runs in others for run in runs}
+
+    def _in_place(self, held: dict[str, Tensor]) -> Iterator[Moved]:
+        """`blocks` of what this rank and the others hold, which nobody changes meanwhile."""
+        mine = self.mesh.rank
+        receivers = {rank for block in self.schedule for rank in block.outgoing} - {mine}
+        senders = {rank for block in self.schedule for rank in block.incoming} - {mine}
+        self._meet(TOPICS.index("ready"), receivers, senders)
+        for block in self.schedule:
+            sources = {rank: held if rank == mine else self.mapped.others[rank] for rank in block.incoming}
+            yield [(run, _values(run, sources[rank])) for rank, runs in block.incoming.items() for run in runs]
+        self._meet(TOPICS.index("read"), senders, receivers)
+
+    def _meet(self, topic: int, told: set[int], heard: set[int]) -> None:
+        for rank in told:
+            self.shared.tell(rank, topic)
+        for rank in heard:
+            self.shared.hear(rank, topic)
 
     def _window_bytes(self, block: Exchanged) -> int:
         distinct = {self._same(receiver): runs for receiver, runs in block.outgoing.items()}
