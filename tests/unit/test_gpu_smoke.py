@@ -48,7 +48,8 @@ def junit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     (folder / "test_some.py").write_text(RUN)
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--junit-xml", "junit.xml", "test_some.py"]
-    assert subprocess.run(command, cwd=folder, capture_output=True, timeout=60).returncode == 1
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    assert subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=60).returncode == 1
     return folder / "junit.xml"
 
 
@@ -82,11 +83,19 @@ def test_files_hold_machine_versions_and_every_test(junit, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_what_is_missing():
-    command = [ROOT / "tools" / "gpu_smoke.sh"]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [f"error: {smoke.missing()}"] and torch.__version__ in done.stderr
+def test_without_a_gpu_one_line_says_what_is_missing(tmp_path, capsys):
+    assert smoke.main([str(tmp_path / "results")]) == 2 and not (tmp_path / "results").exists()
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == f"error: {smoke.missing()}\n"
+    assert f"torch {torch.__version__}" in said.err and "CUDA" in said.err
+
+
+def test_without_torch_too(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')")
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([ROOT / "tools" / "gpu_smoke.sh"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "torch cannot be imported" in done.stderr and "set PYTHON" in done.stderr
 
 
 def test_what_it_runs_exists_and_the_spines_test_is_first():
