@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,12 +43,14 @@ class Exchange:
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
         self.mapped: Mapped | None = None
-        self.is_mappable = len(self.shared.windows) == mesh.world_size
+        # codes of FP8 are made anew in every sync
+        self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
 
-    def blocks(self, held: dict[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
+    def blocks(self, held: Mapping[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
-        `held`: Megatron name -> this rank's parameter. `ahead`: the next block is on its way while one is used.
+        `held`: an entry's source -> this rank's parameter, or what is sent of it. `ahead`: the next block is on its way
+        while one is used.
         """
         if self._map(held):
             yield from self._in_place(held)
@@ -65,7 +67,7 @@ class Exchange:
                 works = self._post(number + 1, held)
         self._settle(0), self._settle(1)
 
-    def _map(self, held: dict[str, Tensor]) -> bool:
+    def _map(self, held: Mapping[str, Tensor]) -> bool:
         """Whether parameters can be read where they are; those that others need then lie in memory that they map.
 
         Their storages move there in the first sync, one after another.
@@ -82,7 +84,7 @@ class Exchange:
         others = (runs for block in self.schedule for rank, runs in block.outgoing.items() if rank != self.mesh.rank)
         return {run.first.entry.source for runs in others for run in runs}
 
-    def _in_place(self, held: dict[str, Tensor]) -> Iterator[Moved]:
+    def _in_place(self, held: Mapping[str, Tensor]) -> Iterator[Moved]:
         """`blocks` of what this rank and the others hold, which nobody changes meanwhile."""
         mine = self.mesh.rank
         receivers = {rank for block in self.schedule for rank in block.outgoing} - {mine}
@@ -115,7 +117,7 @@ class Exchange:
             self.shared.hear(receiver, TOPICS.index("read"))
         self.sending[half].clear(), self.unread[half].clear()
 
-    def _post(self, number: int, held: dict[str, Tensor]) -> dict[int, Message]:
+    def _post(self, number: int, held: Mapping[str, Tensor]) -> dict[int, Message]:
         """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
         if number >= len(self.schedule):
             return {}
@@ -133,7 +135,7 @@ class Exchange:
         self.sending[half].extend(works[:sends])
         return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _send(self, block: Exchanged, held: dict[str, Tensor], half: int) -> list[dist.P2POp]:
+    def _send(self, block: Exchanged, held: Mapping[str, Tensor], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
         for receiver, runs in block.outgoing.items():
@@ -156,7 +158,7 @@ class Exchange:
     def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    def _collect(self, block: Exchanged, held: dict[str, Tensor], works: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, held: Mapping[str, Tensor], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
         moved = [(run, _values(run, held)) for run in block.incoming.get(self.mesh.rank, [])]
         for sender, runs in block.incoming.items():
@@ -192,7 +194,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _values(run: Run, held: dict[str, Tensor]) -> Tensor:
+def _values(run: Run, held: Mapping[str, Tensor]) -> Tensor:
     parameter = held[run.first.entry.source]
     if run.start is None:
         return values_of(run.first, parameter)

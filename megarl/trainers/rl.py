@@ -22,6 +22,7 @@ from megarl.parallel import GroupSum, Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
+from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import (
     SyncGap,
@@ -113,9 +114,12 @@ class RLTrainer:
                 exclude={prompt.text for prompt in self.eval_prompts},
                 required_field=lambda reward: required_field(cfg.reward, reward),
             )
-        with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
         spec = self.policy.spec
+        self.fp8 = Fp8Weights.of(spec, cfg.model, cfg.rollout)
+        with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
+            self.engine = VLLMEngine(
+                self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=self.fp8
+            )
         self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine)
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_report: SyncReport | None = None
@@ -131,6 +135,11 @@ class RLTrainer:
         budget = cfg.rollout.max_response_tokens
         for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
             self.loop.display.note(f"warning: {line}")
+        if cfg.model.fp8 == "blockwise" and self.weight_sync.plan.regrouped(mesh.rank):
+            self.loop.display.note(
+                f"warning: rollout.fp8: with {spec.head_dim} as the width of a head, q, k and v are rounded in other blocks "
+                "than the learner's; both sides round alike with multiples of 128"
+            )
         self._told = False  # that the gate closes for most sequences
 
     def prepare(self) -> None:
@@ -316,8 +325,9 @@ class RLTrainer:
             return
         if cfg.rollout.sync_check == "full":
             check_checksums(self.weight_sync, chunks)
-        threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
-        learner = probe_log_probs(policy, self.probes)
+        fp8 = self.fp8
+        threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None)
+        learner = probe_log_probs(policy, self.probes, fp8)
         self.sync_gap = check_sync(self.weight_sync, chunks, self.probes, learner, threshold)
 
     def evaluate(self, number: int) -> dict[str, float]:
