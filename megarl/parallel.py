@@ -72,6 +72,8 @@ class Mesh:
                     raise BadInput("MASTER_PORT is not set: start the ranks with torchrun or `megarl train --nproc N`")
                 where["store"] = dist.HashStore()  # one process alone needs no port
             dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout, **where)
+            # NCCL connects all ranks of a group at its first message, which a weight sync sends between some of them
+            dist.all_reduce(torch.zeros(1, device=platform.device()))
         world = dist.get_world_size()
         dense, expert = parallel.tp * parallel.pp * parallel.cp, parallel.etp * parallel.ep * parallel.pp
         if world % dense or world % expert:

@@ -54,7 +54,7 @@ def backend() -> str:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to its device; nothing to do on a CPU."""
+    """Bind this process to its device; nothing to do on a CPU. Raises BadInput when there is none for this rank."""
     _module().set_device(local_rank)
 
 

@@ -139,7 +139,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 enable_return_routed_experts=cfg.routed_experts,
                 disable_log_stats=True,
-                **vllm_patches.engine_arguments(cfg.kv_cache_gib, cfg.gpu_memory_utilization),
+                **vllm_patches.engine_arguments(cfg.kv_cache_gib, cfg.gpu_memory_utilization, cfg.data_parallel),
             )
         except ValueError as error:
             raise BadInput(f"vLLM cannot serve {model_path}: {_one_line(error)}") from error

@@ -74,6 +74,7 @@ def _plain_experts(x, weight1, weight2, ends, probs, rows):
         (cpu.gated_experts, torch.float64),
         (cpu.gated_experts, torch.float32),
         (cuda_experts.gated_experts, torch.float32),
+        (cuda_experts.gated_experts, torch.float64),
     ],
 )
 def test_gated_experts_and_their_gradients(counts, shared, way, dtype):
@@ -186,11 +187,12 @@ def test_attention_of_packed_rows(lengths, window, ways, monkeypatch):
         assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip((out, *mine), (expected, *plain), strict=True))
 
 
+@pytest.mark.parametrize("width", [8, 6])  # rows of whole 16 bytes, which PyTorch's grouped product wants, and others
 @pytest.mark.parametrize("way", [cpu.grouped_linear, cuda_experts.grouped_linear])
-def test_grouped_linear_and_its_gradients(way):
+def test_grouped_linear_and_its_gradients(way, width):
     torch.manual_seed(0)
     counts = torch.tensor([5, 0, 19])
-    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((24, 8), (3, 16, 8), (3, 16)))
+    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((24, width), (3, 16, width), (3, 16)))
     own = torch.arange(3).repeat_interleave(counts)
     expected = torch.einsum("nk,nmk->nm", x, weight[own]) + bias[own]
     out = way(x, weight, bias, counts.cumsum(0).int())
