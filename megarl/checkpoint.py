@@ -21,12 +21,15 @@ from megarl import platform
 from megarl.errors import BadInput
 from megarl.learner.optimizer import after_loading, init_state
 from megarl.learner.policy import Policy, Role
+from megarl.models.layers.fp8_layers import AMAX
 from megarl.parallel import Mesh
 
 platform.setup()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
@@ -93,7 +96,9 @@ class Checkpointer:
         if not found:
             return None
         state = json.loads((found[-1] / STATE).read_text())
-        loaded = dist_checkpointing.load(self._sharded(is_loading=True), str(found[-1] / "shards"))
+        sharded = self._sharded(is_loading=True)
+        _check_amaxes(found[-1], sharded)
+        loaded = dist_checkpointing.load(sharded, str(found[-1] / "shards"))
         for name, policy in self.policies.items():
             _load_policy(policy, loaded[name])
             policy.updates = state["updates"][name]
@@ -124,6 +129,23 @@ def _sharded_policy(role: str, policy: Policy, is_loading: bool) -> dict[str, An
             init_state(policy.optimizer)
         out["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading, metadata=OPTIMIZER_FORMAT)
     return out
+
+
+def _check_amaxes(checkpoint: Path, sharded: dict[str, Any]) -> None:
+    """Raises BadInput where the past of delayed FP8 scales is not in a checkpoint, or is of another length."""
+    amaxes = [x for x in nested_values(sharded) if isinstance(x, ShardedTensor) and x.key.endswith(AMAX)]
+    if not amaxes:
+        return
+    saved = dist_checkpointing.load_tensors_metadata(str(checkpoint / "shards"))
+    for amax in amaxes:
+        if amax.key not in saved:
+            raise BadInput(
+                f"{checkpoint}: holds no past of model.fp8 = 'delayed'; resume with the model.fp8 that the run began with, or "
+                "start a run from its weights"
+            )
+        there, wanted = saved[amax.key].global_shape[-1] - 1, amax.global_shape[-1] - 1
+        if there != wanted:
+            raise BadInput(f"model.fp8_history = {wanted}: {checkpoint} holds {there} steps; set {there}")
 
 
 def _load_policy(policy: Policy, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from megarl.errors import BadInput
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
+FP8_BLOCK = 128
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
 
@@ -30,6 +31,7 @@ def check_config(config: Config, require: Command | None = None) -> None:
     shapes = _shapes(config, require)
     if shapes:
         _check_shape(config, shapes[0].config, require)
+        _check_fp8_rollout(config, shapes[0].config)
         _check_lengths(config, shapes[0].config["max_position_embeddings"])
     check_layout(config, shapes, config.parallel.nproc)
 
@@ -249,6 +251,26 @@ def _check_shape(config: Config, shape: Mapping[str, Any], require: Command | No
         raise BadInput(
             f"rl.routing_replay = {config.rl.routing_replay!r}: a dense model has no experts; set rl.routing_replay: none"
         )
+
+
+def _check_fp8_rollout(config: Config, shape: Mapping[str, Any]) -> None:
+    """Weights are whole blocks, whatever the layout."""
+    if config.rollout.fp8 == "none":
+        return
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // heads
+    sizes = {
+        "hidden_size": shape["hidden_size"],
+        "num_attention_heads x head_dim": heads * head_dim,
+        "num_key_value_heads x head_dim": kv_heads * head_dim,
+    }
+    sizes |= {"moe_intermediate_size": shape["moe_intermediate_size"]} if families.is_moe(shape) else {}
+    for what, size in sizes.items():
+        if size % FP8_BLOCK:
+            raise BadInput(
+                f"rollout.fp8 = {config.rollout.fp8!r}: {what} = {size} is no multiple of {FP8_BLOCK}, the width of a block; "
+                "set rollout.fp8: none"
+            )
 
 
 def _check_lengths(config: Config, model_context: int) -> None:

@@ -131,10 +131,11 @@ class Model(Section):
     """Layers at the start of the model whose products stay in `dtype`."""
     fp8_skip_last: NonNegative = 0
     """Layers at the end of the model whose products stay in `dtype`."""
-    fp8_power_of_two: bool = False
-    """Scales of blockwise are powers of two, as those of mxfp8 always are."""
+    fp8_power_of_two: bool = True
+    """Scales of blockwise are powers of two, as those of mxfp8 always are and as Transformer Engine has them (Blackwell's
+    blocks need it); false: any float32, as in DeepSeek-V3's weights. Those of rollout.fp8's weights too."""
     fp8_history: Positive = 16
-    """Optimizer steps whose largest magnitudes (amax) make the scales of delayed."""
+    """Optimizer steps whose largest magnitudes (amax) make the scales of delayed (Transformer Engine: 1024 micro-batches)."""
     fp8_amax: Literal["max", "most_recent"] = "max"
     """Of these steps, the largest amax or the last one."""
     fp8_margin: NonNegative = 0
@@ -397,6 +398,10 @@ class RL(Section):
 class Rollout(Section):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision the engine samples in; none: the learner's. Weights are cast as they are synced."""
+    fp8: Literal["none", "blockwise"] = "none"
+    """blockwise: vLLM's FP8 layers, weights in blocks of 128 x 128, quantised as they are synced, and activations in groups
+    of 1 x 128; on a CPU the same numbers, multiplied in float32. What model.fp8 leaves in higher precision stays so here,
+    the layers of model.fp8_skip_first and fp8_skip_last too. `megarl eval` reads a checkpoint as it is, without this."""
     max_response_tokens: Positive = 64
     """Longest response."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -416,7 +421,8 @@ class Rollout(Section):
     max_context: Positive | None = None
     """Longest prompt + response the engine accepts; none: the model's context."""
     sync_threshold: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16."""
+    """Largest mean learner/engine log-prob gap a weight sync may show; none: 1e-5, or 5e-2 where one has bfloat16
+    or the engine FP8 (the learner then rounds the probes as the engine does; `sync_check: full` sees every bit)."""
     sync_check: Literal["probe", "full", "none"] = "probe"
     """How a weight sync is checked: probe compares both engines' log-probs of fixed sequences, full also a checksum of every
     tensor (several times the sync itself), none nothing."""

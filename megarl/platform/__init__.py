@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from megarl.platform.shared_memory import Gather, SharedWindows
+from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 _settled = False
 
@@ -167,3 +167,9 @@ def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: in
     """Memory that ranks of one machine read from each other, see `shared_memory.share`; without windows where messages
     of the process group are the faster way. Collective."""
     return _module().shared_windows(size, place, gather, topics, timeout)
+
+
+def map_tensors(tensors: dict[str, torch.Tensor], place: tuple[int, int], gather: Gather) -> Mapped | None:
+    """Tensors of all ranks where every rank can read them, see `shared_memory.map_tensors`; None where that is not the
+    faster way. Collective."""
+    return _module().map_tensors(tensors, place, gather)

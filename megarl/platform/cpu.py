@@ -17,6 +17,7 @@ import torch.utils._device
 
 from megarl.platform.host import host_memory, resident_bytes
 from megarl.platform.shared_memory import Gather, SharedWindows, share
+from megarl.platform.shared_memory import map_tensors as map_tensors
 
 NAME = "cpu"
 BACKEND = "gloo"

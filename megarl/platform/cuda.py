@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megarl.platform.host import GIB, host_memory, resident_bytes
-from megarl.platform.shared_memory import Gather, SharedWindows
+from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -82,6 +82,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
     """None: NCCL reaches a neighbour's memory directly."""
     return SharedWindows({}, {}, timeout)
+
+
+def map_tensors(tensors: dict[str, torch.Tensor], place: tuple[int, int], gather: Gather) -> Mapped | None:
+    return None
 
 
 def empty_cache() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megarl import platform
-from megarl.platform import vllm_cpu_parallel, vllm_direct, vllm_gpt_oss
+from megarl.platform import vllm_cpu_parallel, vllm_direct, vllm_fp8, vllm_gpt_oss
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -135,6 +135,7 @@ def install() -> None:
         # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported, which may be long ago
         torch._dynamo.config.disable = True
         vllm_cpu_parallel.install()
+        vllm_fp8.install()
         from vllm.model_executor.layers.layernorm import RMSNorm
 
         RMSNorm.forward_cpu = _rms_norm

@@ -22,6 +22,7 @@ from megarl.parallel import GroupSum, Mesh
 from megarl.report import describe_machine, render_summary, write_report, write_summary
 from megarl.rewards import RewardRunner, check_failures, required_field
 from megarl.rollout.engine import Sampling
+from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import (
     SyncGap,
@@ -117,10 +118,20 @@ class RLTrainer:
             )
         self.turns = Turns(cfg.memory, [self.policy, *([self.critic] if self.critic else [])])
         self.turns.make_room()
-        with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, False, cfg.model.head_dtype)
-        self.turns.start(self.engine)
         spec = self.policy.spec
+        self.fp8 = Fp8Weights.of(spec, cfg.model, cfg.rollout)
+        with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
+            self.engine = VLLMEngine(
+                self.start_path,
+                cfg.rollout,
+                cfg.rollout_dtype,
+                cfg.seed,
+                mesh,
+                load=False,
+                head_dtype=cfg.model.head_dtype,
+                fp8=self.fp8,
+            )
+        self.turns.start(self.engine)
         self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine, self.policy.parked["weights"])
         self.ledger = self._ledger()
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
@@ -138,6 +149,11 @@ class RLTrainer:
         budget = cfg.rollout.max_response_tokens
         for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
             self.loop.display.note(f"warning: {line}")
+        if cfg.model.fp8 == "blockwise" and self.weight_sync.plan.regrouped(mesh.rank):
+            self.loop.display.note(
+                f"warning: rollout.fp8: with {spec.head_dim} as the width of a head, q, k and v are rounded in other blocks "
+                "than the learner's; both sides round alike with multiples of 128"
+            )
         self._told = False  # that the gate closes for most sequences
 
     def prepare(self) -> None:
@@ -328,7 +344,7 @@ class RLTrainer:
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
         policy, cfg, chunks = self.policy, self.cfg, self.policy.modules
-        learner = probe_log_probs(policy, self.probes) if cfg.rollout.sync_check != "none" else []
+        learner = probe_log_probs(policy, self.probes, self.fp8) if cfg.rollout.sync_check != "none" else []
         self.turns.sync()
         self.sync_report = self.weight_sync.run(chunks, policy.updates)
         self.ledger.record("sync", sync_buffers=self.weight_sync.buffer_bytes)
@@ -337,7 +353,8 @@ class RLTrainer:
             return
         if cfg.rollout.sync_check == "full":
             check_checksums(self.weight_sync, chunks)
-        threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
+        fp8 = self.fp8
+        threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None)
         self.sync_gap = check_sync(self.weight_sync, chunks, self.probes, learner, threshold)
 
     def evaluate(self, number: int) -> dict[str, float]:

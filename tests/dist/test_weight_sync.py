@@ -57,13 +57,19 @@ def test_a_rank_gets_what_it_lacks_and_nothing_else(ranks):
 
 def test_copies_stay_below_two_layers(ranks):
     for rank in ranks:
-        for peak in (rank["peak_copies"], rank["messages"]["peak"]):
+        assert rank["in_place"]
+        for peak in (rank["peak_copies"], rank["windows"]["peak"], rank["messages"]["peak"]):
             assert 0 < peak <= 2 * rank["largest_layer"]
 
 
-@pytest.mark.parametrize("way", ["messages", "reload"])
+def test_parameters_that_moved_are_read_where_they_are(ranks):
+    for rank in ranks:
+        assert rank["moved"] == rank["synced"]
+
+
+@pytest.mark.parametrize("way", ["windows", "messages", "reload"])
 def test_other_ways_bring_the_same_weights(ranks, way):
-    """Without shared memory, and full tensors through vLLM's own reload: the log-probs are those of the first sync."""
+    """By messages through memory that ranks share, without, and full tensors through vLLM's own reload: the log-probs are those of the first sync."""
     for rank in ranks:
         assert rank[way]["gap"] == rank["synced"]
         assert rank[way]["traffic"]["bound"] == rank["traffic"]["received"]

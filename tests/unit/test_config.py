@@ -81,6 +81,11 @@ def refused(path: Path, *overrides: str, require=None) -> str:
             "rollout.tensor_parallel=3",
             ["rollout.tensor_parallel = 3", "rollout.tensor_parallel=4, rollout.tensor_parallel=2"],
         ),
+        (
+            "rollout.fp8=blockwise",
+            ["rollout.fp8 = 'blockwise': num_key_value_heads x head_dim = 64 is no multiple of 128", "set rollout.fp8: none"],
+        ),
+        ("rollout.fp8=delayed", ["rollout.fp8", "'none' or 'blockwise'"]),
         ("rl.optimizer_steps_per_rollout=3", ["= 3", "128 sequences", "set 2"]),
         ("rollout.max_response_tokens=512", ["= 512", "context of 512"]),
         ("rl.max_prompt_tokens=500", ["rl.max_prompt_tokens = 500", "set at most 448"]),

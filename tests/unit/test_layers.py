@@ -121,6 +121,20 @@ def test_linear_and_its_gradients(rows, width, dtype):
         assert all(torch.allclose(a, b, atol=5e-4, rtol=0) for a, b in zip(mine, expected, strict=True))
 
 
+def test_products_of_parts_of_wider_rows():
+    """Copied for oneDNN, which takes 100 ms and more for them as they are; rows and transposes are not."""
+    torch.manual_seed(0)
+    wide, weight = torch.randn(48, 200), torch.randn(32, 96)
+    sparse = wide.t()[:192:2].t()
+    for whole in (wide, wide.t(), wide[3:9], wide[None, 3:9, None]):
+        assert cpu_products._dense(whole).data_ptr() == whole.data_ptr()
+    for part in (wide[:, 7:103], sparse, wide[:, None, 7:103], torch.ones(1, 1).expand(48, 96)):
+        mine = cpu_products._dense(part)
+        assert mine.is_contiguous() and mine.data_ptr() != part.data_ptr() and torch.equal(mine, part)
+        assert torch.allclose(cpu_products.product(part, weight), part @ weight.t(), atol=1e-4, rtol=0)
+    assert torch.allclose(cpu_products.product(weight, wide[:, 7:103]), weight @ wide[:, 7:103].t(), atol=1e-4, rtol=0)
+
+
 def test_chunks_are_sorted_unless_they_are():
     from megatron.core.transformer.moe.token_dispatcher import sort_chunks_by_idxs
 
