@@ -95,6 +95,8 @@ class WeightSync:
         """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
         start = time.perf_counter()
         held = self.held(chunks)
+        if self.weights is not None and self.weights.is_parked:  # their places on the host change from sync to sync
+            self.exchange.is_mappable = False
         self._check(held)
         if self.plan.whole:
             self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)

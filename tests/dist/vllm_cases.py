@@ -520,6 +520,9 @@ def _parked(weight_sync: Any, policy: Any, parallel: Parallel, spoil: Any, check
 
     engine, mesh, weights = weight_sync.engine, weight_sync.mesh, policy.parked["weights"]
     spoil()
+    for chunk in policy.modules:  # what other ranks map cannot give its memory back
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.clone()
     is_on_host, host_parked._is_on_host = host_parked._is_on_host, lambda storage: False
     other = WeightSync(policy.spec, parallel, mesh, engine, weights)
     engine.sleep(2)

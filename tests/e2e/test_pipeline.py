@@ -102,7 +102,8 @@ def test_summary(trained: Project) -> None:
     assert ledger["update"]["policy_weights"] == pytest.approx(held, rel=0.02)
     assert ledger["update"]["policy_gradients"] == pytest.approx(held, rel=0.02)
     assert ledger["update"]["policy_optimizer"] == pytest.approx(2 * whole, rel=0.02)  # moments, once over the ranks
-    assert "policy_gradients" not in ledger["rollout"] and ledger["sync"]["sync_buffers"] > 0
+    assert "policy_gradients" not in ledger["rollout"]
+    assert ledger["sync"].get("sync_buffers", 0.0) == 0.0  # ranks of one machine read each other's weights in place
 
 
 def test_report_is_one_file_with_a_sample(trained: Project) -> None:
