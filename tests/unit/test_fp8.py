@@ -395,7 +395,7 @@ def test_verify_precision_of_a_model_that_is_too_large(name, tmp_path, mesh, mon
     monkeypatch.setattr(precision, "LARGEST", 0)
     monkeypatch.setattr(precision.Mesh, "build", lambda parallel: mesh)  # the groups that this process has
     monkeypatch.setattr(precision.launcher, "terminal", lambda: sys.stdout)
-    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
+    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=1)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}: 0.0B parameters are too many here; a random {name} of 4 layers, hidden 128")
     assert lines[1].split()[-5:] == ["bfloat16", *RECIPES]
@@ -403,6 +403,8 @@ def test_verify_precision_of_a_model_that_is_too_large(name, tmp_path, mesh, mon
     rows = {line[:24].strip(): [float(number) for number in line.split()[-5:]] for line in lines[2:9]}
     # a row is padded to what the recipe needs, and its length decides the order of some sums
     assert max(rows["hidden after layer 0"][1:]) < 1e-6 and all(1e-3 < x < 0.5 for x in rows["hidden after layer 3"])
+    with pytest.raises(BadInput, match="fp8_skip_first . fp8_skip_last = 4: no layer of 4 is left in FP8"):
+        precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
     named = [line for line in lines if "adds most" in line]
     assert len(named) == 5 and all(": layer 1 " in line or ": layer 2 " in line for line in named[1:])
 
