@@ -21,6 +21,7 @@ from megarl.errors import BadInput, RunFailed
 from megarl.learner.policy import Policy
 from megarl.models.fp8 import RECIPES
 from megarl.models.generate import ensure_checkpoint, spec_of
+from megarl.models.layers.fp8_layers import check_skipped
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.trainers.losses import token_mean_loss
@@ -71,7 +72,8 @@ class Gap:
 def verify_precision(cfg: Config) -> None:
     """Run the config's model, or a small one of its kind where it is too large, in every precision and print the table.
 
-    One process. Raises RunFailed, naming the precision and layer, when a number is not finite.
+    One process. Raises RunFailed, naming the precision and layer, when a number is not finite, and BadInput when no layer
+    is in FP8.
     """
     mesh = Mesh.build(Parallel())
     with tempfile.TemporaryDirectory(prefix="megarl-precision-") as scratch:
@@ -83,7 +85,7 @@ def verify_precision(cfg: Config) -> None:
         precisions |= {name: dict(dtype=dtype, fp8=name) for name in RECIPES}
         exact = _measure(cfg, path, mesh, batches, dict(dtype="float32", fp8="none"))
         gaps: dict[str, Gap] = {}
-        notes = [f"FP8 recipes on top of {dtype}{_kept(cfg, spec, dtype)}"]
+        notes = [f"FP8 recipes on top of {dtype}{_kept(cfg, spec)}"]
         for name, model in precisions.items():
             try:
                 gaps[name] = Gap.of(_measure(cfg, path, mesh, batches, model), exact)
@@ -153,6 +155,7 @@ def _model(cfg: Config, scratch: Path) -> tuple[Config, Path, str]:
     """The config to measure, the folder to read, and what to say of it."""
     path = Path(cfg.model.path)
     spec = read_spec(path) if (path / "config.json").exists() else spec_of(cfg.model.generate)
+    check_skipped(cfg.model, spec)
     parameters = sum(math.prod(shape) for shape in family(spec.family).hf_shapes(spec).values())
     if parameters <= LARGEST:
         ensure_checkpoint(cfg.model)
@@ -198,7 +201,7 @@ def _batch(cfg: Config, spec: ModelSpec, part: int) -> Batch:
     return batch.replace(token_weights=batch.response_mask / batch.response_mask.sum())
 
 
-def _kept(cfg: Config, spec: ModelSpec, dtype: str) -> str:
+def _kept(cfg: Config, spec: ModelSpec) -> str:
     """What is said of the layers whose products are not in FP8."""
     first, last = cfg.model.fp8_skip_first, cfg.model.fp8_skip_last
     kept = [layer for layer in range(spec.num_layers) if layer < first or layer >= spec.num_layers - last]

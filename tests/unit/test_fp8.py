@@ -373,7 +373,7 @@ def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
     bf16, fp8, last = (precision.Gap.of(other, exact) for other in others)
     assert 0 < bf16.layers[0] < fp8.layers[0] < 0.3 and fp8.worst[0] in range(3)
     assert last.layers[:2] == [0, 0] and last.worst[:2] == (2, 0) and last.layers[2] > 0.01
-    assert fp8.mean < fp8.max and max(bf16.gradient, last.gradient) < fp8.gradient < 1
+    assert fp8.mean < fp8.max and 0 < bf16.gradient < fp8.gradient and 0 < last.gradient < fp8.gradient < 1
     text = precision.render({"bfloat16": bf16, "last": last})
     assert len(text) == 1 + 3 + 3 + 2 and text[-1].startswith("last: layer 2 adds most (0.0e+00 -> ")
 
@@ -393,28 +393,34 @@ def test_verify_precision_of_a_model_that_is_too_large(name, tmp_path, mesh, mon
     """A small one of its kind, with latent attention or with biases, that every recipe can multiply."""
     CASES[name].configuration().save_pretrained(tmp_path)
     monkeypatch.setattr(precision, "LARGEST", 0)
+    monkeypatch.setattr(precision.Mesh, "build", lambda parallel: mesh)  # the groups that this process has
     monkeypatch.setattr(precision.launcher, "terminal", lambda: sys.stdout)
-    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
+    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=1)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}: 0.0B parameters are too many here; a random {name} of 4 layers, hidden 128")
     assert lines[1].split()[-5:] == ["bfloat16", *RECIPES]
     assert lines[-1] == "FP8 recipes on top of float32; layers 0, 3 without FP8"
     rows = {line[:24].strip(): [float(number) for number in line.split()[-5:]] for line in lines[2:9]}
-    assert not any(rows["hidden after layer 0"][1:]) and all(0 < x < 0.5 for x in rows["hidden after layer 3"])
+    # a row is padded to what the recipe needs, and its length decides the order of some sums
+    assert max(rows["hidden after layer 0"][1:]) < 1e-6 and all(1e-3 < x < 0.5 for x in rows["hidden after layer 3"])
+    with pytest.raises(BadInput, match="fp8_skip_first . fp8_skip_last = 4: no layer of 4 is left in FP8"):
+        precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
     named = [line for line in lines if "adds most" in line]
     assert len(named) == 5 and all(": layer 1 " in line or ": layer 2 " in line for line in named[1:])
 
 
 def test_past_of_delayed_scales_that_a_checkpoint_lacks(folder, mesh, tmp_path):
-    def checkpointer(**model) -> Checkpointer:
-        out = Checkpointer(tmp_path, mesh, keep=1)
-        out.register("policy", policy_of(folder, mesh, **model))
+    def checkpointer(trained: bool = False, **model) -> Checkpointer:
+        out, policy = Checkpointer(tmp_path, mesh, keep=1), policy_of(folder, mesh, **model)
+        out.register("policy", policy)
+        if trained:  # Megatron saves no optimizer without a step
+            policy.train_step(micro_batches(fixed_batch(), 512, policy.layout), negative_log_likelihood)
         return out
 
-    checkpointer(fp8="tensorwise").save(1)
+    checkpointer(trained=True, fp8="tensorwise").save(1)
     with pytest.raises(BadInput, match=r"step_000001: holds no past of model.fp8 = 'delayed'; resume with the model.fp8 that"):
         checkpointer(fp8="delayed").load_latest()
-    checkpointer(fp8="delayed", fp8_history=2).save(2)
+    checkpointer(trained=True, fp8="delayed", fp8_history=2).save(2)
     with pytest.raises(BadInput, match=r"^model.fp8_history = 3: .*step_000002 holds 2 steps; set 2$"):
         checkpointer(fp8="delayed", fp8_history=3).load_latest()
     assert checkpointer(fp8="delayed", fp8_history=2).load_latest() == checkpointer().load_latest() == 2

@@ -36,12 +36,7 @@ class FP8Layers:
     def __init__(self, chunks: Sequence[nn.Module], recipe: Recipe, model: Model, spec: ModelSpec, mesh: Mesh) -> None:
         """Raises BadInput, naming a recipe that works, for weights of sizes that the recipe cannot multiply."""
         self.recipe, self.mesh = recipe, mesh
-        kept = model.fp8_skip_first + model.fp8_skip_last
-        if kept >= spec.num_layers:
-            raise BadInput(
-                f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or "
-                "set model.fp8: none"
-            )
+        check_skipped(model, spec)
         self._weights: list[tuple[nn.Parameter, Product | GroupedProduct]] = []  # those in FP8
         self._products: list[Product] = []
         self._linears: list[Tensor] = []  # buffers of amaxes
@@ -187,6 +182,16 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, GroupedExperts):
         return {"weight1": module.weight1, "weight2": module.weight2}
     return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
+
+
+def check_skipped(model: Model, spec: ModelSpec) -> None:
+    """Raises BadInput where the `model` section leaves no layer in FP8."""
+    kept = model.fp8_skip_first + model.fp8_skip_last
+    if kept >= spec.num_layers:
+        raise BadInput(
+            f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or set "
+            "model.fp8: none"
+        )
 
 
 def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:
