@@ -19,10 +19,11 @@ SHAPE = dict(
 Q, DOWN = (f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.experts.3.down_proj"))
 
 
-def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout: dict[str, Any] = {}, **degrees) -> dict:
-    """Syncs a learner into an engine with FP8 layers, whole and then broken in several ways.
+def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout: dict[str, Any] = {}, head: float = 1.0,
+         **degrees) -> dict:  # fmt: skip
+    """Syncs a learner into an engine with FP8 layers, whole, broken in several ways, and by vLLM's own reload.
 
-    `model`: further settings of the learner. Layer 0 stays plain on both sides.
+    `model`: further settings of the learner. Layer 0 stays plain on both sides. `head`: what the logits are multiplied by.
     """
     platform.setup()
     from megarl.convert import stream_hf
@@ -44,6 +45,7 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     parallel, settings = Parallel(**degrees), Model(path=path, dtype=dtype, fp8_skip_first=1, **model)
     mesh = Mesh.build(parallel)
     policy = Policy.from_hf(path, Config(model=settings, parallel=parallel), mesh)
+    policy.modules[0].output_layer.weight.data.mul_(head)
     wanted = Rollout(max_context=CONTEXT, fp8="blockwise", **rollout)
     fp8 = Fp8Weights.of(policy.spec, settings, wanted)
     start = functools.partial(VLLMEngine, path, wanted, seed=3, mesh=mesh, load=False, fp8=fp8)
@@ -84,20 +86,19 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     engine.reset_prefix_cache()
     plain = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
     out["plain_learner"] = [plain.mean, plain.median]
-    engine.reset_prefix_cache()
-    scores = engine.score(probes)
-    plain_sync, reason = engine._direct, engine.reload_reason
-    engine._direct, engine.reload_reason = None, "it is asked for"
-    whole = WeightSync(policy.spec, parallel, mesh, engine)
-    whole.run(policy.modules, 6)
-    out["reloaded"] = max(float(np.abs(a - b).max()) for a, b in zip(engine.score(probes), scores, strict=True))
-    engine._direct, engine.reload_reason = plain_sync, reason
     out["factors"] = broken(lambda weights: weights[f"{DOWN}_scale_inv"].mul_(4))
     out["codes_moved"] = broken(lambda weights: weights.update({Q: weights[Q].view(torch.uint8).roll(1, 0).view(weights[Q].dtype)}))
     for chunk in policy.modules:
         for parameter in chunk.parameters():
             parameter.data.mul_(1.1)
     out["stale"] = [check(), sums()]
+    weight_sync.run(policy.modules, 6)
+    engine.reset_prefix_cache()
+    scores = engine.score(probes)
+    engine._direct, engine.reload_reason = None, "it is asked for"
+    whole = WeightSync(policy.spec, parallel, mesh, engine)
+    whole.run(policy.modules, 7)
+    out["reloaded"] = max(float(np.abs(a - b).max()) for a, b in zip(engine.score(probes), scores, strict=True))
     return out
 
 
