@@ -86,7 +86,6 @@ RENAMED = [
     ("Linear", "forward", "is_first_microbatch", "is_first"),
     ("LayerNormLinear", "__init__", "eps", "epsilon"),
     ("GroupedLinear", "__init__", "num_gemms", "groups"),
-    ("RMSNorm", "__init__", "hidden_size", "width"),
     ("DotProductAttention", "__init__", "num_gqa_groups", "num_kv_heads"),
     ("DotProductAttention", "forward", "cu_seqlens_q", "cu_seqlens"),
 ]

@@ -186,7 +186,8 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that a module of a layer multiplies with, in FP8 where a recipe is on."""
     if isinstance(module, GroupedExperts):
         return {"weight1": module.weight1, "weight2": module.weight2}
-    return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
+    weight = getattr(module, "weight", None)  # none of Transformer Engine's grouped linears
+    return {"weight": weight} if name.split(".")[-1].startswith("linear_") and weight is not None else {}
 
 
 def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:

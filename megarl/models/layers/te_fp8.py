@@ -69,7 +69,7 @@ class TEFP8:
                 if ".linear_" in name and parameter.ndim == 2:
                     weights[f"layer {number} {name}"] = parameter
             _Padding(layer, mesh)
-        _check_sizes(recipe, weights, model.dtype)
+        _check_sizes(recipe, weights, model, mesh)
 
     def real_rows(self, micro_batch: MicroBatch) -> Tensor | None:
         """[n] bool, on the device: the rows that are not padding; None: all."""
