@@ -501,8 +501,9 @@ class Memory(Section):
 
     optimizer_offload: bool = True
     """Main weights and moments of policy and critic are on the device during the update only."""
-    grad_offload: bool = True
-    """So are gradient buffers; they are freed, not copied."""
+    grad_offload: bool | None = None
+    """So are gradient buffers; they are freed, not copied. By default so on a device of its own; on a CPU getting the memory
+    again costs more than it frees."""
     param_offload: bool = False
     """The learner's weights are on the host while vLLM samples; a weight sync reads them there, a layer at a time."""
     sleep_level: Literal[0, 1, 2] = 2

@@ -28,7 +28,7 @@ class Turns:
     def __init__(self, settings: Memory, policies: Iterable[Policy]) -> None:
         wanted = {
             "weights": settings.param_offload,
-            "gradients": settings.grad_offload,
+            "gradients": platform.name() != "cpu" if settings.grad_offload is None else settings.grad_offload,
             "optimizer": settings.optimizer_offload,
         }
         self.sleep_level = settings.sleep_level

@@ -166,7 +166,7 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
                 train(f"{cfg.run_dir}-{preset}-2", own, stop_after=3)
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
         with _parking() as rows["in place"]:
-            own = [f"rl.algorithm.preset={parked}", *presets[parked], "memory.param_offload=true"]
+            own = [f"rl.algorithm.preset={parked}", *presets[parked], "memory.param_offload=true", "memory.grad_offload=true"]
             train(f"{cfg.run_dir}-parked", own, stop_after=3)
             rows[f"{parked} parked"] = train(f"{cfg.run_dir}-parked", [*own, "resume=auto"])
         alarm = ["alarms.window=2", "alarms.length.above=0.01", "alarms.length.action=skip"]
