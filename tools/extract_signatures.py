@@ -41,7 +41,7 @@ WANTED = {
             f"{PT}.LayerNorm": ("__init__",),
             f"{PT}.ops.Sequential": ("__init__",),
             f"{PT}.ops.FusibleOperation": (),
-            f"{PT}.module.base.TransformerEngineBaseModule": ("set_extra_state", "get_extra_state"),
+            f"{PT}.module.base.TransformerEngineBaseModule": ("set_extra_state", "get_extra_state", "init_fp8_metadata"),
             f"{PT}.DotProductAttention": ("__init__", "forward", "set_context_parallel_group"),
             f"{PT}.Fp8Padding": ("__init__", "forward"),
             f"{PT}.Fp8Unpadding": ("__init__", "forward"),

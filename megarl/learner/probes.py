@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from megarl.data.packing import pack
 from megarl.learner.policy import Policy
 from megarl.models.fp8 import RECIPES, GroupedProduct, Product, Role
 from megarl.models.layers.fp8_layers import multiplying
+from megarl.models.layers.te_fp8 import TEFP8
 from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.types import Batch
 
@@ -31,7 +33,8 @@ def probe_log_probs(policy: Policy, probes: list[list[int]], fp8: Fp8Weights | N
     batch = Batch(tokens, lengths, torch.ones(len(tokens)))
     packed = [pack(batch, range(len(probes)), policy.layout)] * policy.layout.count_multiple
     layers, power_of_two = (range(0), False) if fp8 is None else (fp8.layers, fp8.power_of_two)
-    with multiplying(policy.modules, functools.partial(_product, power_of_two), layers):
+    suspended = policy.fp8.suspended() if isinstance(policy.fp8, TEFP8) else nullcontext()
+    with suspended, multiplying(policy.modules, functools.partial(_product, power_of_two), layers):
         log_probs, _entropy = policy.log_probs(packed, temperature=1.0)
     flat = torch.zeros(len(tokens), dtype=log_probs[0].dtype if log_probs else torch.float32)
     mine = (packed[0].owned, log_probs[0][packed[0].owned]) if log_probs else None

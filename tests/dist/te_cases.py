@@ -42,7 +42,7 @@ def fp8(path: str, **settings: Any) -> dict[str, Any]:
         policy.log_probs([packed])
     te_stand_in.watching = False
     padding = int((packed.held < 0).sum())
-    dense = [(names[m], z) for m, z, _ in te_stand_in.products[:before] if ".experts." not in names[m]]
+    dense = [(names[m], z) for m, z, inside in te_stand_in.products[:before] if inside and ".experts." not in names[m]]
     return {
         "in_fp8": sorted({names[m] for m, _, inside in te_stand_in.products[:before] if inside}),
         "outside": sorted({names[m] for m, _, inside in te_stand_in.products[:before] if not inside}),
@@ -86,7 +86,6 @@ RENAMED = [
     ("Linear", "forward", "is_first_microbatch", "is_first"),
     ("LayerNormLinear", "__init__", "eps", "epsilon"),
     ("GroupedLinear", "__init__", "num_gemms", "groups"),
-    ("RMSNorm", "__init__", "hidden_size", "width"),
     ("DotProductAttention", "__init__", "num_gqa_groups", "num_kv_heads"),
     ("DotProductAttention", "forward", "cu_seqlens_q", "cu_seqlens"),
 ]

@@ -77,6 +77,8 @@ class Base(nn.Module):
 
     def set_extra_state(self, state: Any) -> None: ...
 
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
+
     def _note(self, rows: Tensor) -> None:
         if watching:
             zero = (rows.detach().reshape(-1, rows.shape[-1]) == 0).all(dim=1)

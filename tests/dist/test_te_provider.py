@@ -12,10 +12,9 @@ from tests.dist.test_family_layouts import world
 from tests.families import all_cases
 
 MODULE, CASES = "tests.dist.te_cases", all_cases()
-# dense and MoE layers; sinks, biases of experts and one tensor for all; latent attention, shared experts, a buffer; biases
-# and a gate; one norm over all heads
+# dense and MoE layers; sinks, biases of experts and one tensor for all; latent attention, shared experts, a buffer
 SAMPLED = {
-    1: [("qwen3_moe-mixed-yarn", {}), ("gpt_oss", {}), ("deepseek_v3", {}), ("qwen2_moe", {}), ("olmoe", {})],
+    1: [("qwen3_moe-mixed-yarn", {}), ("gpt_oss", {}), ("deepseek_v3", {})],
     2: [("qwen3_moe", {"tp": 2, "etp": 2}), ("deepseek_v3", {"tp": 2}), ("gpt_oss", {"ep": 2}), ("qwen3_moe", {"pp": 2})],
 }
 
@@ -43,7 +42,7 @@ def hold(where: str, results: list[dict], log_probs: float = 1e-5, gradients: fl
         assert found["norms"][1] == pytest.approx(found["norms"][0], rel=gradients / 10), at
 
 
-@pytest.mark.parametrize("nproc", SAMPLED)
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_same_numbers_names_and_bits_as_torch(nproc, folder, tmp_path):
     steps = {
         f"{name} {degrees}": ("agree", dict(path=folder(name), out=str(tmp_path / str(i)), degrees=degrees))
@@ -62,20 +61,19 @@ def test_same_numbers_names_and_bits_as_torch(nproc, folder, tmp_path):
     if nproc == 1:  # the names are Transformer Engine's and Megatron's own
         names = {name for ranks in results.values() for found in ranks for name in found["own"]}
         layer = "decoder.layers.1."
-        assert {f"{layer}self_attention.linear_qkv.layer_norm_weight", f"{layer}mlp.linear_fc1.layer_norm_weight"} <= names
+        assert {f"{layer}self_attention.linear_qkv.layer_norm_weight", "decoder.layers.2.mlp.linear_fc1.layer_norm_weight"} <= names
         assert {f"{layer}mlp.experts.linear_fc{i}.{kind}7" for i in (1, 2) for kind in ("weight", "bias")} <= names
         assert not any("weight1" in name.split(".")[-1] and "experts.weight" in name for name in names)
         kinds = {kind for ranks in results.values() for found in ranks for kind in found["kinds"]}
         assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TECore", "TEExperts", "TEDown", "TEMoE"} <= kinds
 
 
-def test_fp8_settings_renamed_arguments_and_refusals(folder):
-    mixed, latent = folder("qwen3_moe-mixed-yarn"), folder("deepseek_v3")
+@pytest.mark.slow  # bfloat16 on a CPU
+def test_fp8_settings_reach_the_layers(folder):
+    mixed = folder("qwen3_moe-mixed-yarn")
     steps = {
         "tensorwise": ("fp8", dict(path=mixed, fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=1)),
-        "delayed": ("fp8", dict(path=latent, fp8="delayed", fp8_history=8, fp8_margin=1)),
-        "renamed": ("renamed", dict(path=mixed)),
-        "refusals": ("refusals", dict(path=mixed)),
+        "delayed": ("fp8", dict(path=mixed, fp8="delayed", fp8_history=8, fp8_margin=1)),
     }
     results = {name: ranks[0] for name, ranks in run_in_turn(MODULE, 1, steps).items()}
     for recipe, inside in (("tensorwise", {"1", "2"}), ("delayed", {"0", "1", "2", "3"})):
@@ -89,6 +87,11 @@ def test_fp8_settings_renamed_arguments_and_refusals(folder):
     expected = {"name": "DelayedScaling", "margin": "1", "amax_history_len": "8", "amax_compute_algo": "max"}
     assert delayed.items() >= expected.items()
 
+
+def test_renamed_arguments_and_refusals(folder):
+    mixed = folder("qwen3_moe")
+    steps = {"renamed": ("renamed", dict(path=mixed)), "refusals": ("refusals", dict(path=mixed))}
+    results = {name: ranks[0] for name, ranks in run_in_turn(MODULE, 1, steps).items()}
     failures = results["renamed"]
     assert failures.pop("none") == ""
     for name, failure in failures.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -181,7 +181,8 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that a module of a layer multiplies with, in FP8 where a recipe is on."""
     if isinstance(module, GroupedExperts):
         return {"weight1": module.weight1, "weight2": module.weight2}
-    return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
+    weight = getattr(module, "weight", None)  # none of Transformer Engine's grouped linears
+    return {"weight": weight} if name.split(".")[-1].startswith("linear_") and weight is not None else {}
 
 
 def check_skipped(model: Model, spec: ModelSpec) -> None:
@@ -194,7 +195,10 @@ def check_skipped(model: Model, spec: ModelSpec) -> None:
         )
 
 
-def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:
+def _check_sizes(
+    recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh, offered: Collection[str] = tuple(RECIPES)
+) -> None:
+    """`offered`: the recipes that one can be advised to set."""
     # of experts: [E, N, K], or [E, 2, F, K] for two matrices in one product
     sizes = {name: (weight[0].numel() // weight.shape[-1] if weight.ndim > 2 else len(weight), weight.shape[-1])
              for name, weight in weights.items()}  # fmt: skip
@@ -204,7 +208,8 @@ def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model,
 
     for name, size in sizes.items():
         if not fits(recipe, size):
-            working = (other.name for other in RECIPES.values() if all(fits(other, size) for size in sizes.values()))
+            others = (RECIPES[name] for name in RECIPES if name in offered)
+            working = (other.name for other in others if all(fits(other, size) for size in sizes.values()))
             better = next(working, f"none ({model.dtype})")
             cut = " on a rank" if max(mesh.tp, mesh.etp) > 1 else ""
             raise BadInput(

@@ -15,7 +15,7 @@ from megarl.models.fp8 import E4M3, Recipe, recipe_of
 from megarl.models.layers.fp8_layers import _check_sizes, _Padding
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
-from megarl.platform import te_patches
+from megarl.platform import features, te_patches
 from megarl.types import MicroBatch
 
 
@@ -69,7 +69,8 @@ class TEFP8:
                 if ".linear_" in name and parameter.ndim == 2:
                     weights[f"layer {number} {name}"] = parameter
             _Padding(layer, mesh)
-        _check_sizes(recipe, weights, model.dtype)
+        offered = [name for name in features.TE_RECIPES if features.recipe_problem(name) is None]
+        _check_sizes(recipe, weights, model, mesh, offered)
 
     def real_rows(self, micro_batch: MicroBatch) -> Tensor | None:
         """[n] bool, on the device: the rows that are not padding; None: all."""
