@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -197,7 +198,8 @@ class HFReader:
             self._fill(wide, entry, whole)
             out.copy_(wide[(slice(None),) * cut + (index[cut],)])
             return
-        memory = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        # `out.numpy()` would fix the size of the storage for good, and a parked one gives its memory back
+        memory = memoryview((ctypes.c_ubyte * out.nbytes).from_address(out.data_ptr())).cast("B")
         steps = [math.prod(entry.shape[d + 1 :]) * width for d in range(len(index))]
         tail = sum(s.start * step for s, step in zip(index[cut:], steps[cut:]))
         for i in range(count):

@@ -49,7 +49,8 @@ class HostParked:
         """Idempotent, as is `unpark`."""
         for storage in self._find():
             size = storage.nbytes()
-            if size and (self._forgets or not _is_on_host(storage)):
+            # a storage of fixed size (numpy's, or one that other processes map), which only a CPU has, stays
+            if size and storage.resizable() and (self._forgets or not _is_on_host(storage)):
                 self._parked.append((storage, size, None if self._forgets else self._copy(storage)))
         platform.synchronize()  # the copies are complete
         for storage, _, _ in self._parked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import UntypedStorage
@@ -25,7 +25,7 @@ class Turns:
     sleeps. Every method is idempotent, and called by every rank.
     """
 
-    def __init__(self, settings: Memory, policies: Iterable[Policy]) -> None:
+    def __init__(self, settings: Memory, policies: Sequence[Policy]) -> None:
         wanted = {
             "weights": settings.param_offload,
             "gradients": platform.name() != "cpu" if settings.grad_offload is None else settings.grad_offload,

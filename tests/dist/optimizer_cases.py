@@ -170,7 +170,7 @@ def _contents(policy: Policy) -> dict[str, list[bytes]]:
     """Owner -> the bytes of each of its storages."""
     from megarl.learner.host_parked import _bytes
 
-    return {owner: [_bytes(one).numpy().tobytes() for one in found] for owner, found in policy._storages().items()}
+    return {owner: [_bytes(one).clone().numpy().tobytes() for one in found] for owner, found in policy._storages().items()}
 
 
 def _refusal(policy: Policy) -> str:
