@@ -24,14 +24,17 @@ import torch.distributed as dist
 
 from megarl import __version__, manifest, platform
 from megarl.errors import BadInput, RunFailed
-from megarl.learner.optimizer import init_state, separate_steps
+from megarl.learner.optimizer import after_loading, init_state
 from megarl.learner.policy import Policy, Role
+from megarl.models.layers.fp8_layers import AMAX
 from megarl.parallel import Mesh
 from megarl.platform import features
+from megarl.platform.safe_loading import check_shards
 
 platform.setup()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.core import (  # noqa: E402
     CheckpointingConfig,
     CheckpointingException,
@@ -44,6 +47,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 STATE, SHARDS = "state.json", "shards"
+LAYER_STATE = "._extra_state"
 BACKEND = ("torch_dist", 1)
 # fully reshardable: the optimizer loads under another tp, pp, ep or dp; names without the optimizer's index, which
 # depends on whether experts have an optimizer of their own
@@ -135,9 +139,12 @@ class Checkpointer:
         )
 
     def _load(self, path: Path) -> int:
+        check_shards(path / SHARDS)
         with damaged(path):
             state = json.loads((path / STATE).read_text())
-            loaded = dist_checkpointing.load(self._sharded(is_loading=True), str(path / SHARDS))
+            sharded = self._sharded(is_loading=True)
+            _check_amaxes(path, sharded)
+            loaded = dist_checkpointing.load(sharded, str(path / SHARDS))
         for name, policy in self.policies.items():
             _load_policy(policy, loaded[name])
             policy.updates = state["updates"][name]
@@ -417,12 +424,29 @@ def _sharded_policy(role: str, policy: Policy, is_loading: bool) -> dict[str, An
     return out
 
 
+def _check_amaxes(checkpoint: Path, sharded: dict[str, Any]) -> None:
+    """Raises BadInput where the past of delayed FP8 scales is not in a checkpoint, or is of another length."""
+    amaxes = [x for x in nested_values(sharded) if isinstance(x, ShardedTensor) and x.key.endswith(AMAX)]
+    if not amaxes:
+        return
+    saved = dist_checkpointing.load_tensors_metadata(str(checkpoint / "shards"))
+    for amax in amaxes:
+        if amax.key not in saved:
+            raise BadInput(
+                f"{checkpoint}: holds no past of model.fp8 = 'delayed'; resume with the model.fp8 that the run began with, or "
+                "start a run from its weights"
+            )
+        there, wanted = saved[amax.key].global_shape[-1] - 1, amax.global_shape[-1] - 1
+        if there != wanted:
+            raise BadInput(f"model.fp8_history = {wanted}: {checkpoint} holds {there} steps; set {there}")
+
+
 def _load_policy(policy: Policy, state: dict[str, Any]) -> None:
     for index, module in enumerate(policy.modules):
         module.load_state_dict(state["model"][f"model{index}"], strict=False)
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(state["optimizer"])
-        separate_steps(policy.optimizer)
+        after_loading(policy.optimizer)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -451,6 +475,7 @@ def model_role(path: Path) -> Role:
 
     Raises BadInput when the shards are damaged or hold neither.
     """
+    check_shards(path)
     with damaged(path):
         names = dist_checkpointing.load_tensors_metadata(str(path))
     found = {name.partition(".")[0] for name in names}
@@ -465,6 +490,7 @@ def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
 
     Raises BadInput when the shards are damaged or belong to another model.
     """
+    check_shards(path)
     with damaged(path):
         loaded = dist_checkpointing.load({role: {"model": sharded_modules(role, modules)}}, str(path))
     for index, module in enumerate(modules):
@@ -483,5 +509,11 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 def sharded_modules(role: str, modules: list[torch.nn.Module]) -> dict[str, Any]:
-    """The shards of this rank's modules, named as in a run's checkpoint."""
-    return {f"model{index}": module.sharded_state_dict(prefix=f"{role}.") for index, module in enumerate(modules)}
+    """The shards of this rank's modules, named as in a run's checkpoint, by the same names from either layer provider."""
+    out = {}
+    for index, module in enumerate(modules):
+        state = module.sharded_state_dict(prefix=f"{role}.")
+        # pickled by a layer, empty but for the delayed FP8 scales of Transformer Engine
+        delayed = module.config.fp8 is not None and module.config.fp8_recipe == "delayed"
+        out[f"model{index}"] = {k: v for k, v in state.items() if delayed or not k.endswith(LAYER_STATE)}
+    return out

@@ -113,8 +113,9 @@ class _Job:
         problem = layout_problem(spec, self.parallel)
         if problem:
             raise BadInput(f"--parallel: {problem}; give other degrees")
+        # shards are the same from either layer provider, and Transformer Engine's want their device
         with WithoutMemory():
-            return build_model(spec, model, mesh, self.parallel)
+            return build_model(spec, model.model_copy(update={"layers": "torch"}), mesh, self.parallel)
 
     def _settings(self, to: str, spec: ModelSpec, read: dict[str, list[int]]) -> dict[str, Any]:
         """All that the bytes written depend on."""

@@ -54,7 +54,7 @@ def backend() -> str:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to its device; nothing to do on a CPU."""
+    """Bind this process to its device; nothing to do on a CPU. Raises BadInput when there is none for this rank."""
     _module().set_device(local_rank)
 
 
@@ -71,6 +71,11 @@ def set_threads(count: int | None = None) -> None:
 def device_memory() -> dict[str, float]:
     """GiB on this rank's device and host: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated`."""
     return _module().device_memory()
+
+
+def used_bytes() -> tuple[int, int]:
+    """Bytes in use on this rank's device, by whomever (0 on a CPU), and resident of this process on the host."""
+    return _module().used_bytes()
 
 
 def synchronize() -> None:

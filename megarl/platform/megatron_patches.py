@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megarl import platform
+from megarl.platform import optimizers
 
 
 def install() -> None:
@@ -45,6 +46,9 @@ def install() -> None:
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
     filesystem_async._results_queue = queue.Queue()
+    from megarl.platform import safe_loading
+
+    safe_loading.install()
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -53,6 +57,7 @@ def install() -> None:
     distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)
     plain = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = _keep_step(plain)
+    optimizers.install(on_cpu=platform.name() == "cpu")
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_one_generator)
     logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(_not_the_first)
 
