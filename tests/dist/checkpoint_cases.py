@@ -201,7 +201,7 @@ def damaged_newest(path: str, folder: str, parallel: dict[str, Any]) -> dict[str
         own = copied(name, lambda own, damage=damage: damage(own / "step_000002"))
         out[name] = checkpoint._problem(Path(own) / "step_000002", mesh)
     try:
-        checkpoint.check_whole(Path(own) / "step_000002", mesh)
+        checkpoint.check_whole(Path(f"{folder}-flipped") / "step_000002", mesh)
     except BadInput as error:
         out["converted"] = str(error)
     both = [lambda own, step=step: DAMAGE["flipped"](own / f"step_00000{step}") for step in (1, 2)]

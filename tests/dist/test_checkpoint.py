@@ -96,7 +96,7 @@ def test_each_kind_of_damage_is_found_by_every_rank(saved, damage):
 
 def test_a_damaged_checkpoint_is_not_converted(saved):
     for rank in saved[2]["damaged_newest"]:
-        assert "step_000002: damaged: no state.json; give another one" in rank["converted"]
+        assert "step_000002: damaged: shards/__0_0.distcp has another checksum" in rank["converted"]
 
 
 def test_the_last_whole_checkpoint_is_found_behind_a_damaged_one(saved):

@@ -17,16 +17,13 @@ from typing import Any
 import torch
 import yaml
 
+from megarl.verify.resume import CLOCKS
+
 ROOT = Path(__file__).resolve().parents[2]
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"],
         "allow_parentheses": False, "allow_negation": False}  # fmt: skip
 STEPS = 6
 PATIENCE = 900 if torch.cuda.is_available() else 240  # seconds: on CUDA vLLM compiles the model when it starts
-
-
-# What differs between two runs that compute the same: clocks, memory, and rates made of them.
-CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
-CLOCKS += ("sync/gb_per_second", "sync/of_plain_copy")
 
 MARK = "MEGARL_TEST_PROJECT"  # in the environment of everything a project starts
 

@@ -15,8 +15,7 @@ from megarl.config import load_config
 from megarl.errors import RunFailed
 from megarl.verify.resume import verify_resume
 from tests.dist.harness import run_ranks
-from tests.e2e.program import Project, sums
-from tests.e2e.test_pipeline import without_clocks
+from tests.e2e.program import Project, sums, without_clocks
 
 pytestmark = pytest.mark.slow
 STEPS = 4
