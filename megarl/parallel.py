@@ -72,6 +72,8 @@ class Mesh:
                     raise BadInput("MASTER_PORT is not set: start the ranks with torchrun or `megarl train --nproc N`")
                 where["store"] = dist.HashStore()  # one process alone needs no port
             dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout, **where)
+            # NCCL connects all ranks of a group at its first message, which a weight sync sends between some of them
+            dist.all_reduce(torch.zeros(1, device=platform.device()))
         world = dist.get_world_size()
         dense, expert = parallel.tp * parallel.pp * parallel.cp, parallel.etp * parallel.ep * parallel.pp
         if world % dense or world % expert:
@@ -152,9 +154,19 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says true: how ranks agree to stop, at a step boundary."""
-        box = torch.tensor([int(flag)])
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks."""
+        box = torch.tensor([number])
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.object_group)
-        return bool(box.item())
+        return int(box.item())
+
+    def total(self, number: float) -> float:
+        """The sum of all ranks' `number`, in float64."""
+        box = torch.tensor([number], dtype=torch.float64)
+        dist.all_reduce(box, group=self.object_group)
+        return float(box.item())
 
 
 class GroupSum:

@@ -10,27 +10,41 @@ from typing import Any, Literal
 
 from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
-from megarl.config.schema import Config, DataSource
+from megarl.config.optimizers import check_optimizers
+from megarl.config.schema import PHASES, Config, DataSource
 from megarl.errors import BadInput
 from megarl.secrets import refuse_literals
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
 REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "code", "http", "model", "weighted")
+FP8_BLOCK = 128
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
 
 def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
     _check_software(config, require)
+    _check_watch(config)
     _check_sections(config, require)
+    check_optimizers(config)
     _check_sources(config, must_exist=require)
     _check_rewards(config, require)
     shapes = _shapes(config, require)
     if shapes:
         _check_shape(config, shapes[0].config, require)
+        _check_fp8_rollout(config, shapes[0].config)
         _check_lengths(config, shapes[0].config["max_position_embeddings"])
     check_layout(config, shapes, config.parallel.nproc)
+
+
+def _check_watch(config: Config) -> None:
+    for name in config.watchdog.phases:
+        if name not in PHASES:
+            raise BadInput(f"watchdog.phases.{name}: no such phase; set one of {', '.join(PHASES)}")
+    for name in ("kl", "entropy_loss", "held_out_loss"):
+        if getattr(config.alarms, name).action == "skip":
+            raise BadInput(f"alarms.{name}.action = skip: it is known after the update; set warn or stop")
 
 
 def check_world(config: Config, world_size: int, require: Command | None = None) -> None:
@@ -114,6 +128,10 @@ def _read_config_json(file: Path) -> dict[str, Any]:
 def _check_software(config: Config, require: Command | None) -> None:
     if config.model.dtype == "float64" and require in ("rl", "eval", "sync", "routing"):
         raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
+    if config.model.dtype == "float64" and config.model.head_dtype is not None:
+        raise BadInput(
+            f"model.head_dtype = {config.model.head_dtype!r}: below model.dtype = 'float64'; set model.head_dtype: none"
+        )
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -155,12 +173,6 @@ def _check_sections(config: Config, require: Command | None) -> None:
                 f"rl.optimizer_steps_per_rollout = {rl.optimizer_steps_per_rollout}: does not divide the {total} "
                 "sequences "
                 f"of a rollout ({rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples); set {divisors[-1]}"
-            )
-    for name in ("sft", "reward_model", "rl"):
-        section = getattr(config, name)
-        if section is not None and max(section.optimizer.betas) >= 1:
-            raise BadInput(
-                f"{name}.optimizer.betas = {list(section.optimizer.betas)}: each must be below 1; set [0.9, 0.95]"
             )
 
 
@@ -252,6 +264,26 @@ def _check_shape(config: Config, shape: Mapping[str, Any], require: Command | No
         raise BadInput(
             f"rl.routing_replay = {config.rl.routing_replay!r}: a dense model has no experts; set rl.routing_replay: none"
         )
+
+
+def _check_fp8_rollout(config: Config, shape: Mapping[str, Any]) -> None:
+    """Weights are whole blocks, whatever the layout."""
+    if config.rollout.fp8 == "none":
+        return
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // heads
+    sizes = {
+        "hidden_size": shape["hidden_size"],
+        "num_attention_heads x head_dim": heads * head_dim,
+        "num_key_value_heads x head_dim": kv_heads * head_dim,
+    }
+    sizes |= {"moe_intermediate_size": shape["moe_intermediate_size"]} if families.is_moe(shape) else {}
+    for what, size in sizes.items():
+        if size % FP8_BLOCK:
+            raise BadInput(
+                f"rollout.fp8 = {config.rollout.fp8!r}: {what} = {size} is no multiple of {FP8_BLOCK}, the width of a block; "
+                "set rollout.fp8: none"
+            )
 
 
 def _check_lengths(config: Config, model_context: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +113,7 @@ class _Files:
         source = export.extra_from
         if source is not None and replace(read_spec(source), head=spec.head) != spec:
             raise BadInput(f"{source}/config.json: describes another model than the one to export; give its own folder")
-        coded = _coded(spec) if export.dtype == FP8 else set()
+        coded = coded_tensors(spec) if export.dtype == FP8 else set()
         shapes, plan, kept = family(spec.family).hf_shapes(spec), {}, family(spec.family).own_dtypes(spec)
         for name, learner in dtypes.items():
             dtype = learner if name in kept else _target(export.dtype, learner)
@@ -163,7 +163,7 @@ class _Files:
             copy_side_files(source, self.folder)
         config.pop(QUANTISED, None)
         if self.coded:
-            config[QUANTISED] = self.blocks.config(_kept(spec, self.coded, self.aside))
+            config[QUANTISED] = self.blocks.config(plain_modules(spec, self.coded, self.aside))
         write_json(self.folder / "config.json", with_dtype(config, self.dtype))
         stack.close()
 
@@ -176,7 +176,7 @@ def _target(wanted: str | torch.dtype | None, learner: torch.dtype) -> torch.dty
     return getattr(torch, wanted) if isinstance(wanted, str) else wanted
 
 
-def _coded(spec: ModelSpec) -> set[str]:
+def coded_tensors(spec: ModelSpec) -> set[str]:
     """The tensors of an fp8 export that are stored in blocks: matrices of the layers' products, not the router's."""
     out = set()
     for block in family(spec.family).blocks(spec):
@@ -187,7 +187,7 @@ def _coded(spec: ModelSpec) -> set[str]:
     return out
 
 
-def _kept(spec: ModelSpec, coded: set[str], aside: dict[str, Layout]) -> list[str]:
+def plain_modules(spec: ModelSpec, coded: Set[str], aside: dict[str, Layout]) -> list[str]:
     """Modules with a matrix that an fp8 export leaves as plain floats."""
     shapes = family(spec.family).hf_shapes(spec) | {name: shape for name, (dtype, shape) in aside.items() if dtype.itemsize > 1}
     plain = [name for name, size in shapes.items() if len(size) == 2 and name not in coded and name.endswith(".weight")]

@@ -3,7 +3,7 @@
 What is emulated: every operand of the three products (`y = x w^T`, its gradient to x, its gradient to w) is rounded to
 FP8 with the scales of a recipe and multiplied as the number its code stands for. What is not: a chip's narrower
 accumulators (Hopper adds up in about 14 bits: DeepSeek-V3, 2412.19437, section 3.3.2), communication in FP8, and memory:
-activations are kept as they were, and weights have no second copy.
+activations take as much as without FP8, and weights have no second copy.
 
 Where the chip can, recipes with one scale a matrix multiply the codes themselves (`torch._scaled_mm`); the others multiply
 dequantised numbers everywhere.
@@ -36,6 +36,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Role = Literal["input", "weight", "gradient"]
 ROLES: tuple[Role, ...] = ("input", "weight", "gradient")
 Tile = tuple[int, int] | None  # rows x contraction that share a scale; None: the whole matrix
+EXPONENT = 0x7F800000  # its bits in a float32
 
 
 class Quantised(NamedTuple):
@@ -44,6 +45,13 @@ class Quantised(NamedTuple):
     codes: Tensor
     factors: Tensor
     tile: Tile
+
+    def t(self) -> Quantised:
+        """The transposed matrix, a view."""
+        return Quantised(self.codes.t(), self.factors.t(), self.tile and self.tile[::-1])
+
+
+Operand = Quantised | Tensor  # of a product: codes where the chip multiplies them, elsewhere the numbers they stand for
 
 
 def quantize(
@@ -55,11 +63,37 @@ def quantize(
     which elements saturate. A tile of zeros has the factor 1; one with a NaN or infinity becomes NaN as a whole, so that
     no overflow is lost. `power_of_two`: scales are rounded down to one.
     """
+    codes, scale = _scaled(x, tile, dtype, power_of_two, amax)
+    return Quantised(_matrix(codes.to(dtype), x), 1 / scale[:, 0, :, 0], tile)
+
+
+def rounded(
+    x: Tensor,
+    tile: Tile = None,
+    dtype: torch.dtype = E4M3,
+    power_of_two: bool = False,
+    amax: Tensor | None = None,
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """`dequantize(quantize(x, ..), wide)`, several times faster on processors that convert FP8 one by one.
+
+    Adding and taking away a number so large that the bits below the format's do not fit rounds to nearest even.
+    """
+    if not x.is_contiguous() and x.t().is_contiguous():  # worked on, and given back, in the order of its memory
+        return rounded(x.t(), tile and tile[::-1], dtype, power_of_two, amax, wide).t()
+    codes, scale = _scaled(x, tile, dtype, power_of_two, amax)
+    large = codes.view(torch.int32).bitwise_and(EXPONENT).view(torch.float32)  # the power of two at or below
+    info = torch.finfo(dtype)
+    large.clamp_(min=info.smallest_normal).mul_(1.5 * info.eps / torch.finfo(torch.float32).eps)
+    return _matrix(codes.add_(large).sub_(large).to(wide).mul_(1 / scale), x)
+
+
+def _scaled(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_tiles` times their scales, within the format, and the scales `[ceil(n / r), 1, ceil(k / c), 1]`; float32."""
     tiles = _tiles(x.float(), tile)
-    scale = scales(tiles.abs().amax(3).amax(1) if amax is None else amax, dtype, power_of_two)
+    scale = scales(tiles.abs().amax((1, 3), keepdim=True) if amax is None else amax[:, None, :, None], dtype, power_of_two)
     largest = torch.finfo(dtype).max
-    codes = (tiles * scale[:, None, :, None]).clamp_(-largest, largest).to(dtype)
-    return Quantised(_matrix(codes, x), 1 / scale, tile)
+    return (tiles * scale).clamp_(-largest, largest), scale
 
 
 def scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
@@ -161,13 +195,15 @@ class Product:
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         return _Linear.apply(x, weight, self, torch.is_grad_enabled() or self.calibrating)
 
-    def operand(self, x: Tensor, role: Role, record: bool) -> Quantised:
+    def operand(self, x: Tensor, role: Role, record: bool) -> Operand:
         """A matrix of a product, contraction last. `record`: it counts for the scales of later steps."""
         recipe = self.recipe
         tile = recipe.weight_tile if role == "weight" else recipe.tile
         dtype = recipe.gradients if role == "gradient" else E4M3
         amax = self._delayed(x, ROLES.index(role), record) if recipe.history else None
-        return quantize(x, tile, dtype, recipe.power_of_two, amax)
+        if recipe.tile is None and platform.has_fp8_products():
+            return quantize(x, tile, dtype, recipe.power_of_two, amax)
+        return rounded(x, tile, dtype, recipe.power_of_two, amax, torch.promote_types(x.dtype, torch.float32))
 
     def _delayed(self, x: Tensor, role: int, record: bool) -> Tensor:
         own, past = x.abs().amax().float(), self.amax[role, 1:]
@@ -209,31 +245,39 @@ class GroupedProduct:
 
 
 class _Linear(torch.autograd.Function):
+    """Matrices with one scale are rounded once for both of their products; those of tiles, which lie along the
+    contraction, once for each."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, record: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        rows = x.reshape(-1, x.shape[-1])
+        operand = product.operand(rows, "input", record)
         ctx.product = product
-        rows = product.operand(x.reshape(-1, x.shape[-1]), "input", record)
-        return multiply(rows, product.operand(weight, "weight", record), x.dtype).view(*x.shape[:-1], -1)
+        ctx.is_rounded = product.recipe.tile is None and (isinstance(operand, Quantised) or operand.dtype == x.dtype)
+        kept = operand if ctx.is_rounded else rows
+        ctx.save_for_backward(weight, *(kept[:2] if isinstance(kept, Quantised) else (kept,)))
+        return multiply(operand, product.operand(weight, "weight", record), x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        operand = ctx.product.operand
+        weight, *kept = ctx.saved_tensors
+        product, rows = ctx.product, Quantised(*kept, None) if len(kept) > 1 else kept[0]
         grads = grad.reshape(-1, grad.shape[-1])
+        out = product.operand(grads, "gradient", True)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = multiply(operand(grads, "gradient", True), operand(weight.t(), "weight", False), x.dtype).view_as(x)
-        rows = operand(x.reshape(-1, x.shape[-1]).t(), "input", False)
-        return grad_x, multiply(operand(grads.t(), "gradient", True), rows, weight.dtype), None, None
+            grad_x = multiply(out, product.operand(weight.t(), "weight", False), grad.dtype)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        out = out.t() if product.recipe.tile is None else product.operand(grads.t(), "gradient", True)
+        rows = rows.t() if ctx.is_rounded else product.operand(rows.t(), "input", False)
+        return grad_x, multiply(out, rows, weight.dtype), None, None
 
 
-def multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+def multiply(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """`a [m, k] @ b[n, k]^T` in `dtype`, added up in float32 or wider."""
-    if a.tile is None and b.tile is None and platform.has_fp8_products():
+    if isinstance(a, Quantised):
         return multiply_codes(a, b, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return platform.linear(dequantize(a, wide), dequantize(b, wide)).to(dtype)
+    return platform.linear(a, b).to(dtype)
 
 
 def multiply_codes(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from megarl.platform.shared_memory import Gather, SharedWindows
+from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 _settled = False
 
@@ -54,7 +54,7 @@ def backend() -> str:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to its device; nothing to do on a CPU."""
+    """Bind this process to its device; nothing to do on a CPU. Raises BadInput when there is none for this rank."""
     _module().set_device(local_rank)
 
 
@@ -71,6 +71,11 @@ def set_threads(count: int | None = None) -> None:
 def device_memory() -> dict[str, float]:
     """GiB on this rank's device and host: `rss`, `peak_rss`, and on CUDA `allocated`, `peak_allocated`."""
     return _module().device_memory()
+
+
+def used_bytes() -> tuple[int, int]:
+    """Bytes in use on this rank's device, by whomever (0 on a CPU), and resident of this process on the host."""
+    return _module().used_bytes()
 
 
 def synchronize() -> None:
@@ -162,3 +167,9 @@ def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: in
     """Memory that ranks of one machine read from each other, see `shared_memory.share`; without windows where messages
     of the process group are the faster way. Collective."""
     return _module().shared_windows(size, place, gather, topics, timeout)
+
+
+def map_tensors(tensors: dict[str, torch.Tensor], place: tuple[int, int], gather: Gather) -> Mapped | None:
+    """Tensors of all ranks where every rank can read them, see `shared_memory.map_tensors`; None where that is not the
+    faster way. Collective."""
+    return _module().map_tensors(tensors, place, gather)

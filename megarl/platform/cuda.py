@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megarl.platform.host import GIB, host_memory
-from megarl.platform.shared_memory import Gather, SharedWindows
+from megarl.errors import BadInput
+from megarl.platform.host import GIB, host_memory, resident_bytes
+from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -21,6 +22,13 @@ def device() -> torch.device:
 
 
 def set_device(local_rank: int) -> None:
+    """Raises BadInput when there are fewer devices than ranks: NCCL refuses two ranks on one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise BadInput(
+            f"rank {local_rank} of this machine has no device: there are {count}; start {count} ranks (--nproc {count}), with "
+            "parallel.tp, pp, cp and ep to match"
+        )
     torch.cuda.set_device(local_rank)
 
 
@@ -29,6 +37,11 @@ def device_memory() -> dict[str, float]:
         "allocated": torch.cuda.memory_allocated() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def used_bytes() -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info()
+    return total - free, resident_bytes()
 
 
 def synchronize() -> None:
@@ -77,6 +90,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def shared_windows(size: int, place: tuple[int, int], gather: Gather, topics: int, timeout: float) -> SharedWindows:
     """None: NCCL reaches a neighbour's memory directly."""
     return SharedWindows({}, {}, timeout)
+
+
+def map_tensors(tensors: dict[str, torch.Tensor], place: tuple[int, int], gather: Gather) -> Mapped | None:
+    return None
 
 
 def empty_cache() -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes
+
 
 def gated_experts(
     x: Tensor, weight1: Tensor, weight2: Tensor, ends: Tensor, probs: Tensor, rows: Tensor | None
@@ -20,10 +22,17 @@ def gated_experts(
 
 
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows `ends[e-1]:ends[e]` of `x [rows, K]` times `weights[e].T`, `weights [E, N, K]`: `[rows, N]`."""
+    """Rows `ends[e-1]:ends[e]` of `x [rows, K]` times `weights[e].T`, `weights [E, N, K]`: `[rows, N]`.
+
+    PyTorch's grouped product knows no float64 and wants rows of whole `ALIGNMENT`s; others go expert by expert.
+    """
     if x.shape[0] == 0:  # no backward for zero rows, and every rank must still produce a gradient
         return x @ weights.sum(0).t()
-    return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    aligned = not any(size * x.element_size() % ALIGNMENT for size in weights.shape[1:])
+    if aligned and x.dtype is not torch.float64:
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ weight.t() for rows, weight in zip(x.split(sizes), weights, strict=True)])
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, ends: Tensor) -> Tensor:

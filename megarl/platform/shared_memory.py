@@ -15,6 +15,7 @@ import struct
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 Gather = Callable[[Any], list[Any]]
 WORD = struct.Struct("q")
+SHM_SHARE = 0.9  # of what is free in /dev/shm, most that is taken: beyond it a process is killed without a word
 
 
 class SharedWindows:
@@ -73,6 +75,74 @@ def share(size: int, place: tuple[int, int], gather: Gather, topics: int, timeou
     if not agreed:
         found.close()
     return found
+
+
+@dataclass
+class Mapped:
+    """Tensors in memory that all ranks of a machine map: `others[rank]` are those of another rank, by name.
+
+    Nothing says when another rank changes them: that is for their users to agree on.
+    """
+
+    others: dict[int, dict[str, Tensor]]
+    addresses: dict[str, int]  # of this rank's
+
+    def holds(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these tensors of this rank still lie where the others look."""
+        return self.addresses == {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def map_tensors(tensors: dict[str, Tensor], place: tuple[int, int], gather: Gather) -> Mapped | None:
+    """Move the storages of tensors, in place, to memory that the other ranks map; `place` and `gather` as in `share`.
+
+    None, on every rank, unless all ranks are on one machine, may look into each other, and its /dev/shm has room for all.
+    A storage is moved at once, and for that moment exists twice. Collective.
+    """
+    rank, _world = place
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors.values()}
+    moved = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
+    wishes = gather((socket.gethostname(), moved))
+    has_room = sum(size for _, size in wishes) < SHM_SHARE * _free_shm()
+    if not all(gather(has_room and {host for host, _ in wishes} == {socket.gethostname()})):
+        return None
+    numbers = {address: number for number, address in enumerate(storages)}
+    entries = {
+        name: (numbers[t.untyped_storage().data_ptr()], t.dtype, tuple(t.shape), t.stride(), t.storage_offset())
+        for name, t in tensors.items()
+    }
+    handles: list[tuple[int, int, tuple[int, int]]] | None = None
+    with suppress(OSError, RuntimeError):
+        shared = [storage._share_fd_cpu_() for storage in storages.values()]
+        handles = [(handle, size, _identity(handle)) for handle, size in shared]
+    offers = gather((os.getpid(), handles, entries))
+    others: dict[int, dict[str, Tensor]] | None = None
+    with suppress(OSError, TypeError):
+        others = {other: _mapped(*offer) for other, offer in enumerate(offers) if other != rank}
+    if not all(gather(others is not None)):
+        return None
+    return Mapped(others, {name: tensor.data_ptr() for name, tensor in tensors.items()})
+
+
+def _free_shm() -> int:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def _mapped(process: int, handles: list[tuple] | None, entries: dict[str, tuple]) -> dict[str, Tensor]:
+    """Raises OSError when the process cannot be looked into, TypeError when it has no handles to offer."""
+    storages = []
+    for handle, size, identity in handles:
+        memory = _open((None, process, [handle], [identity], size), 0, os.O_RDWR)
+        try:
+            storages.append(torch.frombuffer(mmap.mmap(memory, size), dtype=torch.uint8))
+        finally:
+            os.close(memory)
+    return {
+        name: storages[number].view(dtype).as_strided(*place) for name, (number, dtype, *place) in entries.items()
+    }
 
 
 def _close(descriptors: list[int]) -> None:

@@ -17,15 +17,19 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megarl import platform
+from megarl.platform import vllm_fp8
 
 Box = tuple[slice, ...]
+FACTORS = "weight_scale_inv"
+CODED_LINEAR = {"weight", FACTORS}  # parameters in FP8
+CODED_EXPERTS = {f"{name}_{part}" for name in ("w13", "w2") for part in CODED_LINEAR}
 MATRICES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
@@ -46,6 +50,10 @@ class Layer(ABC):
 
     def finish(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Compute with what was written; called when every part is complete."""
+
+    def hidden_bytes(self) -> int:
+        """Of packed weights that the kernel keeps outside of tensors: as many as the matrix has."""
+        return 0
 
     @abstractmethod
     def read(self, part: Any) -> Tensor:
@@ -73,6 +81,10 @@ class Plain(Layer):
         for output in self.outputs:
             output.quant_method.process_weights_after_loading(output)
 
+    def hidden_bytes(self) -> int:
+        packed = [output for output in self.outputs if hasattr(output, "cpu_linear")]
+        return len(packed) * getattr(self.module, self.name).nbytes
+
     def read(self, part: slice) -> Tensor:
         return self._rows(part)
 
@@ -97,10 +109,29 @@ class PackedLinear(Layer):
         self.weight = None
         self.module.quant_method.process_weights_after_loading(self.module)
 
+    def hidden_bytes(self) -> int:
+        if self.module.weight.numel():  # the packed copy is the parameter
+            return 0
+        return sum(math.prod(self.shape(part)) for part in self.parts.values()) * self.module.params_dtype.itemsize
+
     def read(self, part: slice) -> Tensor:
         width = self.shape(part)[1]
         identity = torch.eye(width, dtype=self.module.params_dtype)
         return self.module.quant_method.apply(self.module, identity)[:, part].T
+
+
+class CodedLinear(Plain):
+    """A linear layer in FP8: rows of its codes `weight` [N, K], or of their factors `weight_scale_inv` by block.
+
+    A part is the name of one of them and its rows.
+    """
+
+    def _rows(self, part: tuple[str, slice]) -> Tensor:
+        name, rows = part
+        return getattr(self.module, name).data[rows]
+
+    def finish(self) -> None:
+        vllm_fp8.renew(self.module)
 
 
 @dataclass(frozen=True)
@@ -109,6 +140,7 @@ class ExpertPart:
 
     index: int
     matrix: str  # gate, up or down
+    factors: bool = False  # those of its FP8 blocks
 
 
 class PlainExperts(Layer):
@@ -116,9 +148,12 @@ class PlainExperts(Layer):
 
     def _matrix(self, part: ExpertPart) -> Tensor:
         """Where the kernels read one matrix, padding included."""
-        if part.matrix == "down":
-            return self.module.w2_weight.data[part.index]
-        return self.module.w13_weight.data[part.index].chunk(2)[part.matrix == "up"]
+        matrix = self._all(part)[part.index]
+        return matrix if part.matrix == "down" else matrix.chunk(2)[part.matrix == "up"]
+
+    def _all(self, part: ExpertPart) -> Tensor:
+        """The parameter that a matrix is part of."""
+        return (self.module.w2_weight if part.matrix == "down" else self.module.w13_weight).data
 
     def shape(self, part: ExpertPart) -> tuple[int, ...]:
         rows, width = self._matrix(part).shape
@@ -130,8 +165,7 @@ class PlainExperts(Layer):
 
     def write_experts(self, first: ExpertPart, count: int, values: Tensor) -> None:
         """All matrices of consecutive experts, downs or each one's gate above its up, from `first` on."""
-        weight = self.module.w2_weight if first.matrix == "down" else self.module.w13_weight
-        out = weight.data[first.index : first.index + count]
+        out = self._all(first)[first.index : first.index + count]
         self._place(values.view(out.shape), out)
 
     def _place(self, values: Tensor, out: Tensor) -> None:
@@ -143,6 +177,21 @@ class PlainExperts(Layer):
     def read(self, part: ExpertPart) -> Tensor:
         rows, width = self.shape(part)
         return self._matrix(part)[:rows, :width]
+
+
+class CodedExperts(PlainExperts):
+    """Experts in FP8: the codes where plain ones have their weights, and in `w13_weight_scale_inv` [experts, gate above up,
+    K / 128] and `w2_weight_scale_inv` the factors of their blocks."""
+
+    def _all(self, part: ExpertPart) -> Tensor:
+        name = ("w2_weight" if part.matrix == "down" else "w13_weight") + "_scale_inv" * part.factors
+        return getattr(self.module, name).data
+
+    def shape(self, part: ExpertPart) -> tuple[int, ...]:
+        return tuple(self._matrix(part).shape)
+
+    def finish(self) -> None:
+        vllm_fp8.renew(self.module)
 
 
 class PackedExperts(PlainExperts):
@@ -278,7 +327,7 @@ class Direct:
         kinds = ("down",) if first.matrix == "down" else ("gate", "up")
         for number, (name, _, shape) in enumerate(parts):
             part = layer.parts.get(name)
-            expected = ExpertPart(first.index + number // len(kinds), kinds[number % len(kinds)])
+            expected = replace(first, index=first.index + number // len(kinds), matrix=kinds[number % len(kinds)])
             if part != expected or shape != layer.shape(part) or layer.is_padded(part):
                 break
             count = number + 1
@@ -312,6 +361,9 @@ class Direct:
                 box = self.hosted.get(name)
                 if box is not None:
                     self.write(name, tuple(map(slice, _box_shape(box))), _cut(name, tensor, box))
+
+    def hidden_bytes(self) -> int:
+        return sum(layer.hidden_bytes() for layer in self.layers)
 
     def read(self, name: str) -> Tensor:
         """What this rank hosts of a tensor, as its layer computes with it."""
@@ -362,6 +414,7 @@ def _layers(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, Bo
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(module, RMSNorm):
@@ -369,6 +422,8 @@ def _layers(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, Bo
     if isinstance(module, VocabParallelEmbedding):
         return _vocabulary(model, path, module)
     if isinstance(module, LinearBase):
+        if type(module.quant_method) is Fp8LinearMethod:
+            return vllm_fp8.unknown(module, CODED_LINEAR) or _linear(model, path, module, coded=True)
         known = type(module.quant_method) is UnquantizedLinearMethod
         return _linear(model, path, module) if known else f"its method is {type(module.quant_method).__name__}"
     if type(module) is nn.Linear:  # some routers
@@ -400,7 +455,7 @@ def _vocabulary(model: nn.Module, path: str, module: nn.Module) -> list[Layer]:
     return [_with_parts(Plain(module, outputs=outputs), {f"{path}.weight": rows})]
 
 
-def _linear(model: nn.Module, path: str, module: nn.Module) -> list[Layer] | str:
+def _linear(model: nn.Module, path: str, module: nn.Module, coded: bool = False) -> list[Layer] | str:
     parent, _, leaf = path.rpartition(".")
     names = model.packed_modules_mapping.get(leaf, [leaf])
     sizes = getattr(module, "output_partition_sizes", [module.output_size])
@@ -408,14 +463,19 @@ def _linear(model: nn.Module, path: str, module: nn.Module) -> list[Layer] | str
         return f"it has {len(sizes)} parts, and names for {len(names)}"
     ends = list(itertools.accumulate(sizes))
     parts = {f"{parent}.{name}": slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=True)}
-    weight = PackedLinear(module) if platform.name() == "cpu" else Plain(module)
-    out = [_with_parts(weight, {f"{name}.weight": part for name, part in parts.items()})]
+    if coded:
+        blocks = {f"{name}.{FACTORS}": (FACTORS, vllm_fp8.blocks(part)) for name, part in parts.items()}
+        codes = {f"{name}.weight": ("weight", part) for name, part in parts.items()}
+        out: list[Layer] = [_with_parts(CodedLinear(module), codes | blocks)]
+    else:
+        weight = PackedLinear(module) if platform.name() == "cpu" else Plain(module)
+        out = [_with_parts(weight, {f"{name}.weight": part for name, part in parts.items()})]
     for own, _ in module.named_parameters(recurse=False):
         if own == "bias":
             out.append(_with_parts(Plain(module, own), {f"{name}.bias": part for name, part in parts.items()}))
         elif own == "e_score_correction_bias":
             out.append(_with_parts(Plain(module, own), {f"{path}.{own}": slice(None)}))
-        elif own != "weight":
+        elif own != "weight" and not (coded and own == FACTORS):
             return f"nothing is known of its {own}"
     return out
 
@@ -430,24 +490,30 @@ def _experts(model: nn.Module, path: str, module: nn.Module, hosted: dict[str, B
     bias = getattr(module, "e_score_correction_bias", None)
     if any(other is not module and getattr(other, "e_score_correction_bias", None) is bias for other in model.modules()):
         own.discard("e_score_correction_bias")  # the router's, which is written there
-    if own != {"w13_weight", "w2_weight"}:
+    coded = own == CODED_EXPERTS
+    if not coded and own != {"w13_weight", "w2_weight"}:
         return f"its parameters are {', '.join(sorted(own))}"
-    if isinstance(experts, CPUUnquantizedExperts):
+    if coded:
+        unknown = vllm_fp8.unknown(module, CODED_EXPERTS)
+        if unknown:
+            return unknown
+        layer: Layer = CodedExperts(module)
+    elif isinstance(experts, CPUUnquantizedExperts):
         if not packs_by_matrix(experts.isa, module.w2_weight.dtype):
             return f"the packing of its kernel ({experts.isa}) is not one of rows of a matrix"
-        layer: Layer = PackedExperts(module)
+        layer = PackedExperts(module)
     elif getattr(module.quant_method, "unquantized_backend", None) is UnquantizedMoeBackend.TRITON:
         layer = PlainExperts(module)
     else:
         return f"its kernel is {type(experts).__name__}"
     numbers = module.expert_map  # global -> local; None: all are here
-    expert = re.compile(rf"^{re.escape(path.rpartition('.')[0])}\.(\d+)\.(\w+)\.weight$")
+    expert = re.compile(rf"^{re.escape(path.rpartition('.')[0])}\.(\d+)\.(\w+)\.(weight|{FACTORS})$")
     for match in filter(None, map(expert.match, hosted)):
         index = int(match[1]) if numbers is None else int(numbers[int(match[1])])
         if match[2] not in MATRICES or index < 0:
             return f"{match[0]} is in the plan and not in vLLM"
-        layer.parts[match[0]] = ExpertPart(index, MATRICES[match[2]])
-    if len(layer.parts) != 3 * len(module.w2_weight):
+        layer.parts[match[0]] = ExpertPart(index, MATRICES[match[2]], match[3] == FACTORS)
+    if len(layer.parts) != 3 * (1 + coded) * len(module.w2_weight):
         return f"the plan has {len(layer.parts)} matrices of its {len(module.w2_weight)} experts"
     return [layer]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megarl import platform
-from megarl.platform import vllm_cpu_parallel, vllm_direct, vllm_gpt_oss
+from megarl.platform import vllm_cpu_parallel, vllm_direct, vllm_fp8, vllm_gpt_oss
 from megarl.platform.vllm_sampler import SeededSampler
 
 COMMON = {
@@ -33,6 +33,10 @@ CPU = {
     "VLLM_HOST_IP": "127.0.0.1",  # otherwise it opens sockets to find its address, which a VPN can stall
     "TORCHDYNAMO_DISABLE": "1",  # it compiles parts of its sampler even when eager: 9 s at the first generate
 }
+CUDA = {
+    # Triton multiplies float32 in TF32 otherwise, 11 bits: 1e-3 between the log-probs of learner and engine
+    "TRITON_F32_DEFAULT": "ieee",
+}
 # names of torch.cuda that vLLM's CPU worker replaces by placeholders whose events are None, which Megatron waits for
 CUDA_NAMES = ("Event", "Stream", "set_stream", "current_stream", "stream")
 KEPT = ("VLLM_", "DO_NOT_TRACK", "TORCHDYNAMO_")
@@ -40,10 +44,10 @@ KEPT = ("VLLM_", "DO_NOT_TRACK", "TORCHDYNAMO_")
 
 def environment() -> dict[str, str]:
     """What must be in os.environ before vllm is imported; what the user has set wins."""
-    return COMMON | (CPU if platform.name() == "cpu" else {})
+    return COMMON | (CPU if platform.name() == "cpu" else CUDA)
 
 
-def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
+def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float, data_parallel: int) -> dict[str, Any]:
     """Keyword arguments of vllm.LLM that depend on the device."""
     if platform.name() == "cpu":
         return {
@@ -52,7 +56,12 @@ def engine_arguments(kv_cache_gib: float, gpu_memory_utilization: float) -> dict
             "async_scheduling": False,  # overlaps the host with a device; here both are one thread
             "block_size": 32,  # the smallest: of the default 128 a prompt seldom fills one, so samples would share nothing
         }
-    return {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+    arguments = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+    if data_parallel > 1:
+        # replicas that share experts step together, one forward pass a step; ahead of its results vLLM also takes steps
+        # without a token, in which its second model runner forgets the other replicas: they would wait for ever
+        arguments["async_scheduling"] = False
+    return arguments
 
 
 def head_sizes(latent: bool = False) -> list[int] | None:
@@ -94,15 +103,39 @@ def records_routing() -> bool:
 
 
 def recorded_routing(runner: Any) -> tuple[int, int] | None:
-    """(layers, experts a token) of what a started engine records of every token; None: it records nothing."""
-    if not getattr(runner, "routed_experts_initialized", False):
-        return None
-    return tuple(runner.routed_experts_capturer.get_device_buffer().shape[1:])
+    """(layers, experts a token) of what a started engine records of every token; None: it records nothing.
+
+    vLLM has two model runners, of which the one without Triton has no such attribute until it records.
+    """
+    capturer = getattr(runner, "routed_experts_capturer", None)
+    return None if capturer is None else tuple(capturer.get_device_buffer().shape[1:])
 
 
 def can_sleep() -> bool:
     """Whether the engine gives its device memory back while the learner works: on a CPU vLLM ignores sleep."""
     return platform.name() == "cuda"
+
+
+def memory(runner: Any) -> list[tuple[int, int]]:
+    """Bytes of weights and of the key/value cache on (device, host).
+
+    What sleeps keeps its tensors without memory behind them, so on CUDA vLLM's allocator is asked. Copies that a CPU
+    kernel keeps outside of tensors are not in it.
+    """
+    if platform.name() == "cuda":
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        held = CuMemAllocator.get_instance().pointer_to_data.values()
+        return [
+            (
+                sum(data.handle[1] for data in held if data.tag == tag and not data.is_asleep),
+                sum(data.cpu_backup_tensor.nbytes for data in held if data.tag == tag and data.cpu_backup_tensor is not None),
+            )
+            for tag in ("weights", "kv_cache")
+        ]
+    model = runner.get_model()
+    owners = ([*model.parameters(), *model.buffers()], runner.kv_caches)
+    return [(0, sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in found)}.values())) for found in owners]
 
 
 def install() -> None:
@@ -113,6 +146,7 @@ def install() -> None:
         # TORCHDYNAMO_DISABLE is read when torch._dynamo is imported, which may be long ago
         torch._dynamo.config.disable = True
         vllm_cpu_parallel.install()
+        vllm_fp8.install()
         from vllm.model_executor.layers.layernorm import RMSNorm
 
         RMSNorm.forward_cpu = _rms_norm
@@ -207,8 +241,10 @@ def starting(rank: int, local_rank: int) -> Iterator[None]:
 def load_weights(runner: Any, direct: vllm_direct.Direct | None, tensors: Iterable) -> None:
     """Replace the weights by a stream of Hugging Face tensors, each of which is copied before the next is asked for."""
     if direct is None:
+        from vllm.config import set_current_vllm_config
+
         model, sinks = runner.get_model(), {}
-        with reloading(model):
+        with reloading(model), set_current_vllm_config(runner.vllm_config):  # kernels that are made anew ask for it
             runner.reload_weights(weights_iterator=vllm_gpt_oss.watched(_copies(tensors), sinks))
         vllm_gpt_oss.place(model, sinks)
     else:

@@ -7,12 +7,12 @@ place or left out changes the sum.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megarl.convert.load import matched
 from megarl.rollout.engine_shards import Box
 from megarl.rollout.exchange import values_of
 from megarl.rollout.sync_plan import Piece, SyncEntry
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megarl.rollout.weight_sync import WeightSync
 
 MASK = (1 << 64) - 1
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 FACTORS = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64, as signed numbers
 
 
@@ -50,7 +51,7 @@ def differing_tensors(sync: WeightSync, chunks: list[nn.Module]) -> list[str]:
 
 def _sent(sync: WeightSync, chunks: list[nn.Module]) -> dict[int, dict[str, int]]:
     """Receiver -> tensor -> the sum of what this rank gives it."""
-    held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, sync.plan.spec).items()}
+    held = sync.held(chunks)
     out: dict[int, dict[str, int]] = {}
     for block in sync.exchange.schedule:
         own = {sync.mesh.rank: block.incoming.get(sync.mesh.rank, [])}
@@ -62,17 +63,19 @@ def _sent(sync: WeightSync, chunks: list[nn.Module]) -> dict[int, dict[str, int]
     return out
 
 
-def _of_piece(piece: Piece, held: dict[str, Tensor]) -> int:
+def _of_piece(piece: Piece, held: Mapping[str, Tensor]) -> int:
     values = values_of(piece, held[piece.entry.source]).reshape(piece.shape)
     return checksum(values, piece.entry, piece.box)
 
 
 def checksum(values: Tensor, entry: SyncEntry, box: Box) -> int:
-    """Of the `box` of a tensor, in the precision that it is synced in. Negative zeros and denormals count as zeros."""
+    """Of the `box` of a tensor, in the precision that it is synced in. Negative zeros and denormals count as zeros, but for
+    the codes of FP8, which no kernel changes."""
     dtype = getattr(torch, entry.dtype)
     values = values.to(dtype)
-    values = torch.where(values.abs() < torch.finfo(dtype).tiny, torch.zeros_like(values), values).contiguous()
-    bits = values.view(torch.int16 if dtype.itemsize == 2 else torch.int32).long()
+    if dtype.itemsize > 1:
+        values = torch.where(values.abs() < torch.finfo(dtype).tiny, torch.zeros_like(values), values)
+    bits = values.contiguous().view(BITS[dtype.itemsize]).long()
     place = torch.zeros((), dtype=torch.int64, device=values.device)
     for size, part in zip(entry.shape, box, strict=True):
         place = place.unsqueeze(-1) * size + torch.arange(part.start, part.stop, device=values.device)

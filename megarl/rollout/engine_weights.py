@@ -7,13 +7,16 @@ a few inputs. So the comparison sees what the kernels see, also where the packed
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megarl.models.fp8 import Quantised, dequantize
+from megarl.rollout.engine_shards import Box
+from megarl.rollout.fp8_weights import BLOCK, factors_name
 from megarl.rollout.names import family_of, layer_of
 
 EXPERT = re.compile(
@@ -53,11 +56,19 @@ class WeightGap:
 
 
 @torch.inference_mode()
-def compare_weights(model: nn.Module, vllm_config: Any, stream: Iterable[tuple[str, Tensor]]) -> list[WeightGap]:
+def compare_weights(
+    model: nn.Module,
+    vllm_config: Any,
+    stream: Iterable[tuple[str, Tensor]],
+    hosted: Callable[[str], tuple[Box, Tensor] | None] = lambda name: None,
+) -> list[WeightGap]:
     """One `WeightGap` per layer and tensor family, in the order of the stream.
 
     `stream` yields the learner's (Hugging Face name, full tensor), a layer's tensors one after another. Collective over
     the engine's ranks. Extra memory: about one layer and the embedding.
+
+    FP8 layers round what they are fed: their codes and factors are read, by `hosted(name)`, which gives the part of a
+    tensor that this rank has and its values.
     """
     from vllm.forward_context import set_forward_context
 
@@ -66,12 +77,40 @@ def compare_weights(model: nn.Module, vllm_config: Any, stream: Iterable[tuple[s
         for block in _blocks(stream):
             embedding = block.get(EMBEDDING, embedding)
             has_output = has_output or OUTPUT in block
+            codes = {name: block.pop(name) for name in list(block) if block[name].dtype.itemsize == 1}
+            if codes:
+                factors = {name: block.pop(factors_name(name)) for name in codes}
+                gaps += _compare_codes(hosted, codes, factors)
             experts = {name: tensor for name, tensor in block.items() if EXPERT.match(name)}
             gaps += [_compare(model, name, tensor) for name, tensor in block.items() if name not in experts]
             gaps += _compare_experts(model, vllm_config, experts) if experts else []
         if embedding is not None and not has_output:  # tied: the engine may hold a packed copy
             gaps.append(_compare(model, OUTPUT, embedding))
     return gaps
+
+
+def _compare_codes(
+    hosted: Callable[[str], tuple[Box, Tensor] | None], codes: dict[str, Tensor], factors: dict[str, Tensor]
+) -> list[WeightGap]:
+    """A layer's weights in FP8, by family, as the numbers that their codes stand for; bit for bit."""
+    families: dict[str, WeightGap] = {}
+    for name in codes:
+        key, parts = family_of(name), (hosted(name), hosted(factors_name(name)))
+        base = families.setdefault(key, WeightGap(key, layer_of(name), 0.0, False, compared=False))
+        if None in parts:  # another rank's, or nothing is known of how the engine holds it
+            continue
+        (box, found), (blocks, scales) = parts
+        expected = dequantize(Quantised(codes[name][box], factors[name][blocks], (BLOCK, BLOCK)))
+        gap = (dequantize(Quantised(found, scales, (BLOCK, BLOCK))) - expected).abs().max().item()
+        differs, expert = gap != 0, EXPERT.match(name)
+        families[key] = replace(
+            base,
+            gap=max(base.gap, gap) if gap == gap else gap,
+            differs=base.differs or differs,
+            experts=base.experts + ((int(expert["index"]),) if expert and differs else ()),
+            compared=True,
+        )
+    return list(families.values())
 
 
 def _blocks(stream: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

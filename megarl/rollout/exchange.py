@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl import platform
+from megarl.convert.stacks import Stack, stretch
+from megarl.platform.shared_memory import Mapped
 from megarl.rollout.sync_plan import Exchanged, Piece, Run, SyncPlan, message_bytes
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ ALIGNMENT = 64  # bytes, of messages in a window
 class Exchange:
     """The messages of a plan on one rank. Collective over the world, as is every use of `blocks`.
 
-    Ranks of one machine that can share memory write messages into a window of their own, in one half for every other
-    block, tell the receivers where a message lies and wait for their receipts before they use the half again. Other
-    messages are sent. Parameters go in the precision of the plan.
+    Where all ranks can map each other's parameters, they read them in place. Otherwise ranks of one machine that can share
+    memory write messages into a window of their own, in one half for every other block, tell the receivers where a message
+    lies and wait for their receipts before they use the half again; and other messages are sent, in the plan's precision.
     """
 
     def __init__(self, plan: SyncPlan, mesh: Mesh) -> None:
@@ -41,12 +43,28 @@ class Exchange:
         )
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
+        self._buffers = [0, 0]  # bytes of the messages, without those in the window, of the last even and odd block
+        self.message_bytes = 0  # most of both in the last sync
+        self.mapped: Mapped | None = None
+        # codes of FP8 are made anew in every sync
+        self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
 
-    def blocks(self, held: dict[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
+    @property
+    def window_bytes(self) -> int:
+        """This rank's memory that others read messages in."""
+        has_window = self.mapped is None and self.mesh.rank in self.shared
+        return self.shared.windows[self.mesh.rank].nbytes if has_window else 0
+
+    def blocks(self, held: Mapping[str, Tensor | Stack], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
-        `held`: Megatron name -> this rank's parameter. `ahead`: the next block is on its way while one is used.
+        `held`: an entry's source -> this rank's parameter, or what is sent of it. `ahead`: the next block is on its way
+        while one is used.
         """
+        self._buffers, self.message_bytes = [0, 0], 0
+        if self._map(held):
+            yield from self._in_place(held)
+            return
         works = self._post(0, held)
         for number, block in enumerate(self.schedule):
             moved = self._collect(block, held, works)
@@ -58,6 +76,43 @@ class Exchange:
             if not ahead:
                 works = self._post(number + 1, held)
         self._settle(0), self._settle(1)
+
+    def _map(self, held: Mapping[str, Tensor]) -> bool:
+        """Whether parameters can be read where they are; those that others need then lie in memory that they map.
+
+        Their storages move there in the first sync, one after another.
+        """
+        if not self.is_mappable:
+            return False
+        needed = {name: held[name] for name in self._sent()}
+        if self.mapped is None and self.mesh.any(any(isinstance(values, Stack) for values in needed.values())):
+            self.is_mappable = False
+            return False
+        if self.mesh.any(self.mapped is None or not self.mapped.holds(needed)):
+            self.mapped = platform.map_tensors(needed, (self.mesh.rank, self.mesh.world_size), self.mesh.all_gather_object)
+            self.is_mappable = self.mapped is not None
+        return self.is_mappable
+
+    def _sent(self) -> set[str]:
+        others = (runs for block in self.schedule for rank, runs in block.outgoing.items() if rank != self.mesh.rank)
+        return {run.first.entry.source for runs in others for run in runs}
+
+    def _in_place(self, held: Mapping[str, Tensor]) -> Iterator[Moved]:
+        """`blocks` of what this rank and the others hold, which nobody changes meanwhile."""
+        mine = self.mesh.rank
+        receivers = {rank for block in self.schedule for rank in block.outgoing} - {mine}
+        senders = {rank for block in self.schedule for rank in block.incoming} - {mine}
+        self._meet(TOPICS.index("ready"), receivers, senders)
+        for block in self.schedule:
+            sources = {rank: held if rank == mine else self.mapped.others[rank] for rank in block.incoming}
+            yield [(run, _values(run, sources[rank])) for rank, runs in block.incoming.items() for run in runs]
+        self._meet(TOPICS.index("read"), senders, receivers)
+
+    def _meet(self, topic: int, told: set[int], heard: set[int]) -> None:
+        for rank in told:
+            self.shared.tell(rank, topic)
+        for rank in heard:
+            self.shared.hear(rank, topic)
 
     def _window_bytes(self, block: Exchanged) -> int:
         distinct = {self._same(receiver): runs for receiver, runs in block.outgoing.items()}
@@ -75,7 +130,7 @@ class Exchange:
             self.shared.hear(receiver, TOPICS.index("read"))
         self.sending[half].clear(), self.unread[half].clear()
 
-    def _post(self, number: int, held: dict[str, Tensor]) -> dict[int, Message]:
+    def _post(self, number: int, held: Mapping[str, Tensor | Stack]) -> dict[int, Message]:
         """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
         if number >= len(self.schedule):
             return {}
@@ -87,13 +142,15 @@ class Exchange:
             if sender != self.mesh.rank and sender not in self.shared:
                 buffers[sender] = _empty(message_bytes(runs))
                 operations.append(self._operation(dist.irecv, buffers[sender], sender))
+        self._buffers[half] = sum({o.tensor.data_ptr(): o.tensor.nbytes for o in operations}.values())
+        self.message_bytes = max(self.message_bytes, sum(self._buffers))
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) < len(operations):  # NCCL makes one of all
             works = works * len(operations)
         self.sending[half].extend(works[:sends])
         return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _send(self, block: Exchanged, held: dict[str, Tensor], half: int) -> list[dist.P2POp]:
+    def _send(self, block: Exchanged, held: Mapping[str, Tensor | Stack], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
         for receiver, runs in block.outgoing.items():
@@ -116,7 +173,7 @@ class Exchange:
     def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    def _collect(self, block: Exchanged, held: dict[str, Tensor], works: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, held: Mapping[str, Tensor | Stack], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
         moved = [(run, _values(run, held)) for run in block.incoming.get(self.mesh.rank, [])]
         for sender, runs in block.incoming.items():
@@ -152,11 +209,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _values(run: Run, held: dict[str, Tensor]) -> Tensor:
+def _values(run: Run, held: Mapping[str, Tensor | Stack]) -> Tensor:
     parameter = held[run.first.entry.source]
     if run.start is None:
         return values_of(run.first, parameter)
-    return parameter.view(-1)[run.start : run.start + run.count]
+    return stretch(parameter, run.start, run.count)
 
 
 def _places(runs: list[Run], buffer: Tensor) -> Iterator[Tensor]:
@@ -180,7 +237,7 @@ def pieces_of(run: Run, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         at += size
 
 
-def values_of(piece: Piece, parameter: Tensor) -> Tensor:
+def values_of(piece: Piece, parameter: Tensor | Stack) -> Tensor:
     """A piece's values as the sender has them."""
     part = parameter[piece.local]
     return part if piece.order is None else part.permute(piece.order)

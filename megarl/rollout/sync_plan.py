@@ -22,12 +22,13 @@ from megarl.convert.rules import Index, Region, Rule, Shard
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 from megarl.rollout.engine_shards import EXPERT, Box, EngineDegrees
+from megarl.rollout.fp8_weights import CODES, FACTORS, BlockedParameter, Fp8Weights, factors_name
 from megarl.rollout.names import family_of, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class SyncEntry:
     hf_name: str
     shape: tuple[int, ...]  # full
     dtype: str
-    source: str  # the Megatron parameter, with the global layer number
+    source: str  # the Megatron parameter, with the global layer number; of FP8, with what of it is sent behind a colon
     layer: int | None  # none: outside the layers
     family: str
     group: str  # the ranks that hold its parts: "tp", "expert" (ep x etp), or "" for every rank
@@ -166,6 +167,8 @@ class SyncPlan:
 
     `whole`: every engine rank is given full tensors, for engines whose layers are not known well enough to be written
     into. `hosted(rank)` then is the whole checkpoint.
+
+    `fp8`: the weights that move as codes and factors, two tensors each.
     """
 
     spec: ModelSpec
@@ -174,15 +177,15 @@ class SyncPlan:
     engine: EngineDegrees
     whole: bool = False
     portion: int = 0
+    fp8: Fp8Weights | None = None
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
         """The rules that are exported, each with its tensors, block by block."""
         blocks = [
-            [(rule, {name: self._entry(rule, name, size) for name, size in rule.hf_shapes(self.spec).items()})
-             for rule in block if rule.exported]
+            [(rule, {entry.hf_name: entry for entry in self._entries(rule)}) for rule in block if rule.exported]
             for block in family(self.spec.family).blocks(self.spec)
-        ]  # fmt: skip
+        ]
         return [part for block in blocks for half in _halves(block) for part in self._portions(half)]
 
     def _portions(self, block: Block) -> Iterator[Block]:
@@ -198,10 +201,26 @@ class SyncPlan:
             if any(entries for _, entries in parts):
                 yield [(rule, entries) for rule, entries in parts if entries]
 
-    def _entry(self, rule: Rule, name: str, size: tuple[int, ...]) -> SyncEntry:
-        dtype = rule.dtype or self.dtype
-        where = (rule.megatron, layer_of(name), family_of(name), rule.group)
+    def _entries(self, rule: Rule) -> Iterator[SyncEntry]:
+        coded = rule.megatron in self._coded
+        for name, size in rule.hf_shapes(self.spec).items():
+            if coded:
+                yield self._entry(rule, name, size, "float8_e4m3fn", CODES)
+                factors = tuple(s.stop for s in self.fp8.with_factors({name: whole(size)})[factors_name(name)])
+                yield self._entry(rule, factors_name(name), factors, "float32", FACTORS)
+            else:
+                yield self._entry(rule, name, size, rule.dtype or self.dtype)
+
+    def _entry(self, rule: Rule, name: str, size: tuple[int, ...], dtype: str, kind: str = "") -> SyncEntry:
+        where = (rule.megatron + kind, layer_of(name), family_of(name), rule.group)
         return SyncEntry(name, size, dtype, *where, math.prod(size) * ITEM_BYTES[dtype])
+
+    @functools.cached_property
+    def _coded(self) -> frozenset[str]:
+        """The parameters that move as codes and factors."""
+        names = self.fp8.coded if self.fp8 is not None else frozenset()
+        rules = (rule for block in family(self.spec.family).blocks(self.spec) for rule in block if rule.exported)
+        return frozenset(rule.megatron for rule in rules if not names.isdisjoint(rule.hf_shapes(self.spec)))
 
     @functools.cached_property
     def entries(self) -> tuple[SyncEntry, ...]:
@@ -215,6 +234,35 @@ class SyncPlan:
         rules = [rule for block in self.blocks for rule, _ in block if self.learner.stage(rule.megatron) == mine]
         return {rule.megatron: rule.local_shape(self.spec, shard) for rule in rules}
 
+    @functools.cache  # noqa: B019 - as `held`
+    def blocked(self, megatron: str, rank: int) -> BlockedParameter | None:
+        """How a rank's shard of a parameter is cut into blocks; none for one that moves as it is."""
+        return self._blocked(self._rules[megatron], self.learner.shard(rank)) if megatron in self._coded else None
+
+    def regrouped(self, rank: int) -> list[str]:
+        """The parameters of a rank whose blocks are not those that a learner in FP8 rounds them in."""
+        blocked = {name: self.blocked(name, rank) for name in self.held(rank)}
+        return [name for name, one in blocked.items() if one is not None and one.order is not None]
+
+    @functools.cached_property
+    def _rules(self) -> dict[str, Rule]:
+        return {rule.megatron: rule for block in self.blocks for rule, _ in block}
+
+    @functools.cache  # noqa: B019 - as many entries as there are shards
+    def _blocked(self, rule: Rule, shard: Shard) -> BlockedParameter:
+        shape = rule.local_shape(self.spec, shard)
+        return BlockedParameter.of(shape, rule.regions(self.spec, shard))
+
+    @functools.cache  # noqa: B019 - as `held`
+    def _stored(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """`held`, and the codes and factors that a rank makes."""
+        shapes = dict(self.held(rank))
+        for megatron in self.held(rank):
+            blocked = self.blocked(megatron, rank)
+            if blocked is not None:
+                shapes |= {megatron + kind: shape for kind, shape in blocked.shapes.items()}
+        return shapes
+
     def is_copy(self, megatron: str) -> bool:
         """Whether a parameter repeats one that another rule moves: the last stage's output layer of tied embeddings."""
         return megatron == OUTPUT and self.spec.tie_embeddings
@@ -223,12 +271,13 @@ class SyncPlan:
     def hosted(self, rank: int) -> dict[str, Box]:
         """What a rank is given of each tensor: Hugging Face name -> box."""
         if self.whole:
-            return {entry.hf_name: tuple(slice(0, n) for n in entry.shape) for entry in self.entries}
+            return {entry.hf_name: whole(entry.shape) for entry in self.entries}
         return self._class_hosted(rank % self.engine.ranks)
 
     @functools.cache  # noqa: B019 - the ranks of one engine
     def _class_hosted(self, index: int) -> dict[str, Box]:
-        return self.engine.hosted(self.spec, index)
+        hosted = self.engine.hosted(self.spec, index)
+        return hosted if self.fp8 is None else self.fp8.with_factors(hosted)
 
     def incoming(self, block: int, rank: int) -> dict[int, list[Piece]]:
         """What a rank is given in a block, by sender; its own pieces under its own number."""
@@ -269,7 +318,7 @@ class SyncPlan:
 
     def _runs(self, pieces: list[Piece], sender: int) -> list[Run]:
         """The pieces in order; neighbours in the sender's parameter together."""
-        shapes, runs = self.held(sender), []
+        shapes, runs = self._stored(sender), []
         for piece in pieces:
             start = None if piece.order else _start(shapes[piece.entry.source], piece.local)
             last = runs[-1] if runs else None
@@ -295,7 +344,8 @@ class SyncPlan:
     def _regions(self, rule: Rule, shard: Shard) -> list[Region]:
         key = rule.megatron, shard
         if key not in self._known:
-            self._known[key] = rule.regions(self.spec, shard)
+            coded = rule.megatron in self._coded
+            self._known[key] = self._blocked(rule, shard).regions if coded else rule.regions(self.spec, shard)
         return self._known[key]
 
     @property
@@ -376,6 +426,11 @@ class Run:
         """What a piece that goes on with this run has for source, precision and start."""
         size = sum(math.prod(piece.shape) for piece in self.pieces)
         return self.first.entry.source, self.first.entry.dtype, None if self.start is None else self.start + size
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of a tensor."""
+    return tuple(slice(0, n) for n in shape)
 
 
 def message_bytes(pieces: Iterable[Piece | Run]) -> int:

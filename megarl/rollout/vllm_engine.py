@@ -16,13 +16,15 @@ from torch import Tensor
 
 from megarl.config.schema import Rollout
 from megarl.convert import family, read_spec
+from megarl.convert.encodings import QUANTISED
 from megarl.convert.hf_io import read_config
 from megarl.errors import BadInput, RunFailed
-from megarl.platform import vllm_patches
+from megarl.platform import vllm_fp8, vllm_patches
 from megarl.platform.vllm_direct import Direct, Stretch, take_on
 from megarl.rollout.engine import Capabilities, EngineLayout, Sampling, sample_seed
-from megarl.rollout.engine_shards import EngineDegrees
+from megarl.rollout.engine_shards import Box, EngineDegrees
 from megarl.rollout.exchange import Moved
+from megarl.rollout.fp8_weights import Fp8Weights, factors_name
 from megarl.rollout.served import check_served, overrides
 from megarl.rollout.sync_plan import Run
 from megarl.types import Prompt, PromptGroup, Trajectory
@@ -51,7 +53,8 @@ class VLLMEngine:
     experts, so all of them step together, those without a prompt left too. Every rank makes the same calls.
 
     `model_path` is a Hugging Face checkpoint. With `load=False` only its config and tokenizer are read and the weights
-    stay random until the first `load_weights`. torch.distributed must be initialised.
+    stay random until the first `load_weights`. torch.distributed must be initialised. `fp8`: the weights that the engine
+    has in FP8, which it gets by a sync only, so with `load=False`.
     Raises BadInput when the world does not divide by an engine's ranks or the checkpoint cannot be served.
     """
 
@@ -63,6 +66,8 @@ class VLLMEngine:
         seed: int,
         mesh: Mesh,
         load: bool = True,
+        fp8: Fp8Weights | None = None,
+        head_dtype: str | None = None,
     ) -> None:
         degree, ranks = rollout_cfg.tensor_parallel, rollout_cfg.tensor_parallel * rollout_cfg.data_parallel
         if mesh.world_size % ranks:
@@ -73,15 +78,18 @@ class VLLMEngine:
         self.seed, self.policy_version, self.config = seed, 0, rollout_cfg
         self.layout = EngineLayout(degree, mesh.world_size // degree, mesh.rank // degree)
         self.capabilities = Capabilities(sleep=vllm_patches.can_sleep(), routed_experts=rollout_cfg.routed_experts)
-        self._spec = read_spec(model_path)
+        self._spec, self.fp8 = read_spec(model_path), fp8
+        self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
+        if fp8 is not None:
+            fp8.check(self.degrees)
+            os.environ.update({key: os.environ.get(key, value) for key, value in vllm_fp8.environment().items()})
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
-            self._llm = self._start(model_path, dtype, load)
+            self._llm = self._start(model_path, dtype, load, head_dtype)
         vllm_patches.after_start(self._runner)
         if rollout_cfg.routed_experts:
             self._check_record()
-        self.dtype, self.degrees = dtype, EngineDegrees(degree, rollout_cfg.data_parallel, rollout_cfg.expert_parallel)
         self._direct, self.reload_reason = self._take_on(mesh)
         self._stretches: dict[Run, list[Stretch]] = {}  # where the runs of a plan go
         self._requests = 0
@@ -89,7 +97,7 @@ class VLLMEngine:
         self._tokenizer = _tokenizer(model_path)
         self._stop_ids = stop_token_ids(model_path, self._tokenizer)
 
-    def _start(self, model_path: str, dtype: str, load: bool) -> Any:
+    def _start(self, model_path: str, dtype: str, load: bool, head_dtype: str | None) -> Any:
         from vllm import LLM
 
         vllm_patches.install()
@@ -100,11 +108,20 @@ class VLLMEngine:
                 f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
                 "or set it to false and rl.routing_replay to none or old"
             )
+        changes = overrides(spec, read_config(model_path), head_dtype)
+        if self.fp8 is not None:
+            precisions = [str(known).removeprefix("torch.") for known in vllm_fp8.precisions()]
+            if dtype not in precisions:
+                raise BadInput(
+                    f"rollout.fp8 = 'blockwise': vLLM has FP8 layers beside {' or '.join(precisions)} here, not {dtype}; set "
+                    f"rollout.dtype: {precisions[0]}"
+                )
+            changes |= {QUANTISED: self.fp8.config()}
         try:
             return LLM(
                 model_path,
                 trust_remote_code=False,
-                hf_overrides=overrides(spec, read_config(model_path)),
+                hf_overrides=changes,
                 dtype=dtype,
                 seed=self.seed,
                 tensor_parallel_size=cfg.tensor_parallel,
@@ -122,7 +139,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 enable_return_routed_experts=cfg.routed_experts,
                 disable_log_stats=True,
-                **vllm_patches.engine_arguments(cfg.kv_cache_gib, cfg.gpu_memory_utilization),
+                **vllm_patches.engine_arguments(cfg.kv_cache_gib, cfg.gpu_memory_utilization, cfg.data_parallel),
             )
         except ValueError as error:
             raise BadInput(f"vLLM cannot serve {model_path}: {_one_line(error)}") from error
@@ -131,6 +148,8 @@ class VLLMEngine:
         """What this rank's weights are written into; or, on every rank, why full tensors have to be reloaded."""
         hosted = self.degrees.hosted(self._spec, mesh.rank)
         names = frozenset(family(self._spec.family).hf_shapes(self._spec))
+        if self.fp8 is not None:
+            hosted, names = self.fp8.with_factors(hosted), names | {factors_name(name) for name in self.fp8.coded}
         direct = take_on(self.model, hosted, names)
         reasons = [reason for reason in mesh.all_gather_object(direct if isinstance(direct, str) else None) if reason]
         return (None, reasons[0]) if reasons else (direct, None)
@@ -308,6 +327,12 @@ class VLLMEngine:
         """(Hugging Face name, what this rank hosts of it), as the engine computes with it; without a `reload_reason`."""
         return ((name, self._direct.read(name)) for name in self._direct.hosted)
 
+    def hosted_weight(self, name: str) -> tuple[Box, Tensor] | None:
+        """The part of a tensor that this rank hosts, and its values; none for others, and with a `reload_reason`."""
+        if self._direct is None or name not in self._direct.hosted:
+            return None
+        return self._direct.hosted[name], self._direct.read(name)
+
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier requests. Raises RunFailed if requests are still running."""
         if not self._llm.reset_prefix_cache():
@@ -320,12 +345,16 @@ class VLLMEngine:
         return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
     def sleep(self, level: int = 1) -> None:
-        if self.capabilities.sleep:
-            self._llm.sleep(level)
+        self._llm.sleep(level)
 
     def wake(self, tags: list[str] | None = None) -> None:
-        if self.capabilities.sleep:
-            self._llm.wake_up(tags)
+        self._llm.wake_up(tags)
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        weights, cache = vllm_patches.memory(self._runner)
+        if self._direct is not None:
+            weights = weights[0], weights[1] + self._direct.hidden_bytes()
+        return {"weights": weights, "kv_cache": cache}
 
     @property
     def rng_state(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,18 @@ from megarl.models.spec import ModelSpec
 from megarl.rollout.checksums import differing_tensors
 from megarl.rollout.engine_weights import WeightGap, compare_weights
 from megarl.rollout.exchange import Exchange, pieces_of
+from megarl.rollout.fp8_weights import Coded
 from megarl.rollout.sync_plan import LearnerLayout, Piece, SyncPlan, Traffic
 
 if TYPE_CHECKING:
+    from megarl.learner.host_parked import HostParked
     from megarl.parallel import Mesh
     from megarl.rollout.vllm_engine import VLLMEngine
 
 COPIED = 64 << 20  # bytes, most that the speed of a plain copy is measured with
 THRESHOLDS = {"float32": 1e-5, "bfloat16": 5e-2}  # mean log-prob gap, nats
+# with an engine in FP8: where the two differ in a last bit, it may round to the neighbouring code of 8 bits
+FP8_THRESHOLD = 5e-2
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,26 @@ class WeightSync:
     """Brings the weights of a learner of this layout into these engines. Collective over the world, as is `run`.
 
     Full tensors go to an engine that can only be reloaded by vLLM's own machinery; `engine.reload_reason` says why.
+    `weights`: where the learner's may be parked on the host; they are then read from there, a layer at a time.
     """
 
-    def __init__(self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> None:
+    def __init__(
+        self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine, weights: HostParked | None = None
+    ) -> None:
         learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
         whole = engine.reload_reason is not None  # vLLM wants an expert's tensors one after another
         portion = 0 if whole else platform.block_bytes()
-        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole, portion)
+        self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole, portion, engine.fp8)
         self.mesh, self.engine, self.exchange = mesh, engine, Exchange(self.plan, mesh)
+        self.weights = weights
         self.copy_speed = measure_copy(min(self.plan.largest_layer_bytes, COPIED))
 
     def run(self, chunks: list[nn.Module], policy_version: int) -> SyncReport:
         """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
         start = time.perf_counter()
-        held = {name: tensor.detach() for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        held = self.held(chunks)
+        if self.weights is not None and self.weights.is_parked:  # their places on the host change from sync to sync
+            self.exchange.is_mappable = False
         self._check(held)
         if self.plan.whole:
             self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)
@@ -94,7 +105,23 @@ class WeightSync:
         platform.synchronize()
         return SyncReport(time.perf_counter() - start, self.plan.traffic(self.mesh.rank), self.copy_speed)
 
-    def _check(self, held: dict[str, Tensor]) -> None:
+    @property
+    def window_bytes(self) -> tuple[int, int]:
+        """(device, host) bytes that a sync's messages have for good."""
+        return _placed(self.exchange.window_bytes)
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """(device, host) bytes that the last sync needed beside the weights, at most at one time."""
+        return _placed(self.exchange.window_bytes + self.exchange.message_bytes)
+
+    def held(self, chunks: list[nn.Module]) -> Mapping[str, Tensor]:
+        """Megatron name -> this rank's parameter, to read, on the host where it is parked there; or what is sent of it."""
+        view = self.weights.view if self.weights is not None else torch.Tensor.detach
+        parameters = {name: view(tensor) for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        return parameters if self.plan.fp8 is None else Coded(parameters, self.plan, self.mesh.rank)
+
+    def _check(self, held: Mapping[str, Tensor]) -> None:
         """Raises RunFailed for a parameter that this rank has and the plan does not give it, or the other way round."""
         planned = self.plan.held(self.mesh.rank)
         found = {name: tuple(held[name].shape) for name in held if name in planned or not self.plan.is_copy(name)}
@@ -105,7 +132,7 @@ class WeightSync:
                     f"in the plan {planned.get(name)}"
                 )
 
-    def _full_tensors(self, held: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _full_tensors(self, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor whole, in order, from a plan of whole tensors."""
         for block, moved in zip(self.plan.blocks, self.exchange.blocks(held, ahead=False), strict=True):
             parts: dict[str, list[tuple[Piece, Tensor]]] = {}
@@ -115,9 +142,18 @@ class WeightSync:
                 yield name, _joined(parts.pop(name))
 
     def stream(self, chunks: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """`stream_hf` of the learner, each tensor in the precision that the plan moves it in."""
+        """`stream_hf` of the learner, each tensor as the plan moves it."""
         dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in self.plan.entries}
-        return ((name, tensor.to(dtypes[name])) for name, tensor in stream_hf(chunks, self.plan.spec, self.mesh))
+        with self.weights.on_device() if self.weights is not None else nullcontext():
+            tensors = stream_hf(chunks, self.plan.spec, self.mesh)
+            if self.plan.fp8 is not None:
+                tensors = self.plan.fp8.stream(tensors)
+            for name, tensor in tensors:
+                yield name, tensor.to(dtypes[name])
+
+
+def _placed(size: int) -> tuple[int, int]:
+    return (0, size) if platform.name() == "cpu" else (size, 0)
 
 
 def _joined(pieces: list[tuple[Piece, Tensor]]) -> Tensor:
@@ -149,9 +185,12 @@ def make_probes(vocab_size: int, count: int, length: int = 48, seed: int = 0) ->
     return draw.integers(0, vocab_size, (count, length)).tolist()
 
 
-def default_threshold(*dtypes: str) -> float:
-    """Largest mean log-prob gap that rounding alone explains between a learner and an engine of these precisions."""
-    return max(THRESHOLDS[dtype] for dtype in dtypes)
+def default_threshold(*dtypes: str, fp8: bool = False) -> float:
+    """Largest mean log-prob gap that rounding alone explains between a learner and an engine of these precisions.
+
+    `fp8`: of an engine in FP8 and a learner that rounds as it does.
+    """
+    return max(FP8_THRESHOLD if fp8 else 0.0, *(THRESHOLDS[dtype] for dtype in dtypes))
 
 
 def measure_gap(
@@ -224,7 +263,7 @@ def check_checksums(sync: WeightSync, chunks: list[nn.Module], most: int = 8) ->
 
 def compare_with_learner(engine: VLLMEngine, mesh: Mesh, stream: Iterable[tuple[str, Tensor]]) -> list[WeightGap]:
     """Every tensor family of every layer, engine against learner, the largest gap over all ranks. Collective."""
-    ranks = mesh.all_gather_object(compare_weights(engine.model, engine.vllm_config, stream))
+    ranks = mesh.all_gather_object(compare_weights(engine.model, engine.vllm_config, stream, engine.hosted_weight))
     worst: dict[tuple, WeightGap] = {}
     for item in (item for rank in ranks for item in rank):
         key = (item.layer, item.family)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megarl import launcher
+from megarl import launcher, platform
 from megarl.config.schema import Config, Model
 from megarl.convert import family, read_spec, stream_hf
 from megarl.convert.hf_io import read_json, write_json
@@ -212,8 +212,8 @@ def _logits(policy: Any, tokens: Tensor) -> Tensor:
     (chunk,) = policy.modules
     while hasattr(chunk, "module"):
         chunk = chunk.module
-    positions = torch.arange(len(tokens))
-    documents, spec = torch.tensor([0, len(tokens)], dtype=torch.int32), policy.spec
+    tokens, positions = tokens.to(platform.device()), torch.arange(len(tokens), device=platform.device())
+    documents, spec = positions.new_tensor([0, len(tokens)], dtype=torch.int32), policy.spec
     row = PackedRow.build(documents, positions, spec.rope, windows=spec.windows)
     hidden = chunk.eval()(tokens[None], positions[None], None, packed_seq_params=row)
     return (hidden[0] @ output_weight(chunk).t())[:, : policy.spec.vocab_size].cpu()

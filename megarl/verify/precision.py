@@ -75,7 +75,7 @@ def verify_precision(cfg: Config) -> None:
     """
     mesh = Mesh.build(Parallel())
     with tempfile.TemporaryDirectory(prefix="megarl-precision-") as scratch:
-        path, title = _checkpoint(cfg, Path(scratch))
+        cfg, path, title = _model(cfg, Path(scratch))
         spec = read_spec(path)
         batches = [_batch(cfg, spec, part) for part in (0, 1)]
         dtype = "bfloat16" if cfg.model.dtype == "bfloat16" else "float32"
@@ -83,7 +83,7 @@ def verify_precision(cfg: Config) -> None:
         precisions |= {name: dict(dtype=dtype, fp8=name) for name in RECIPES}
         exact = _measure(cfg, path, mesh, batches, dict(dtype="float32", fp8="none"))
         gaps: dict[str, Gap] = {}
-        notes = [f"FP8 recipes on top of {dtype}; " + _kept(cfg)]
+        notes = [f"FP8 recipes on top of {dtype}{_kept(cfg, spec, dtype)}"]
         for name, model in precisions.items():
             try:
                 gaps[name] = Gap.of(_measure(cfg, path, mesh, batches, model), exact)
@@ -92,11 +92,11 @@ def verify_precision(cfg: Config) -> None:
     stream = launcher.terminal()
     if stream is not None:
         print("\n".join([title, *render(gaps), *notes]), file=stream, flush=True)
-    broken = [f"{name} (layer {gap.worst[0]})" for name, gap in gaps.items() if not gap.is_finite]
+    broken = {name: gap.worst[0] for name, gap in gaps.items() if not gap.is_finite}
     if broken:
-        raise RunFailed(
-            f"verify precision: not finite in {', '.join(broken)}; keep such layers out with model.fp8_skip_first and _last"
-        )
+        named = ", ".join(f"{name} (layer {layer})" for name, layer in broken.items())
+        way = "set model.dtype: float32" if "bfloat16" in broken else "keep layers out with model.fp8_skip_first and _last"
+        raise RunFailed(f"verify precision: not finite in {named}; {way}")
 
 
 def render(gaps: dict[str, Gap]) -> list[str]:
@@ -149,20 +149,35 @@ def _hidden_states(policy: Policy) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _checkpoint(cfg: Config, scratch: Path) -> tuple[Path, str]:
-    """The folder to read, and what to say of it."""
+def _model(cfg: Config, scratch: Path) -> tuple[Config, Path, str]:
+    """The config to measure, the folder to read, and what to say of it."""
     path = Path(cfg.model.path)
     spec = read_spec(path) if (path / "config.json").exists() else spec_of(cfg.model.generate)
     parameters = sum(math.prod(shape) for shape in family(spec.family).hf_shapes(spec).values())
     if parameters <= LARGEST:
         ensure_checkpoint(cfg.model)
-        return path, f"{path}: {parameters / 1e6:.1f}M parameters"
-    small = shrunken(cfg)
-    widths = dict(hidden_size=128, intermediate_size=256, moe_intermediate_size=128 if small.is_moe else 0)
-    small = replace(small, **widths, shared_width=128 if small.shared_width else 0)
+        return cfg, path, f"{path}: {parameters / 1e6:.1f}M parameters"
+    small = _small(shrunken(cfg))
     write_checkpoint(scratch / "model", small, cfg.seed)
     kind = f"a random {spec.family} of {small.num_layers} layers, hidden {small.hidden_size}"
-    return scratch / "model", f"{path}: {parameters / 1e9:.1f}B parameters are too many here; {kind} in its place"
+    # of so few layers one at each end
+    kept = {name: min(getattr(cfg.model, name), 1) for name in ("fp8_skip_first", "fp8_skip_last")}
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=kept)})
+    title = f"{path}: {parameters / 1e9:.1f}B parameters are too many here; {kind} in its place"
+    return cfg, scratch / "model", title
+
+
+def _small(spec: ModelSpec) -> ModelSpec:
+    """Of a `shrunken` one, the same with widths that every recipe can multiply."""
+    widths = dict(hidden_size=128, intermediate_size=256, shared_width=128 if spec.shared_width else 0)
+    if spec.is_moe:
+        widths |= dict(moe_intermediate_size=128)
+    heads = dict(head_dim=32)
+    if spec.kv_lora_rank:
+        ranks = dict(q_lora_rank=128 if spec.q_lora_rank else 0, kv_lora_rank=128)
+        heads = ranks | dict(head_dim=64, nope_head_dim=32, rope_head_dim=32, v_head_dim=32)
+    rotated = 32 if spec.kv_lora_rank else spec.rope.width * 32 // spec.head_dim
+    return replace(spec, **widths, **heads, rope=replace(spec.rope, width=rotated))
 
 
 def _batch(cfg: Config, spec: ModelSpec, part: int) -> Batch:
@@ -183,9 +198,11 @@ def _batch(cfg: Config, spec: ModelSpec, part: int) -> Batch:
     return batch.replace(token_weights=batch.response_mask / batch.response_mask.sum())
 
 
-def _kept(cfg: Config) -> str:
+def _kept(cfg: Config, spec: ModelSpec, dtype: str) -> str:
+    """What is said of the layers whose products are not in FP8."""
     first, last = cfg.model.fp8_skip_first, cfg.model.fp8_skip_last
-    return f"the first {first} and last {last} layers are kept" if first or last else "all layers take part"
+    kept = [layer for layer in range(spec.num_layers) if layer < first or layer >= spec.num_layers - last]
+    return f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(map(str, kept))} without FP8" if kept else ""
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -22,6 +22,7 @@ from megarl.models.moe.replay import RowRouting
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.rollout.engine import Engine, Sampling
+from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import WeightSync
 from megarl.trainers.common import starting_checkpoint
@@ -48,7 +49,8 @@ def verify_routing(cfg: Config) -> None:
     policy = Policy.from_hf(
         path, cfg, mesh, optimizer=Optimizer(), temperature=cfg.rollout.temperature, routing=True
     )
-    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    how = dict(load=False, fp8=Fp8Weights.of(policy.spec, cfg.model, cfg.rollout), head_dtype=cfg.model.head_dtype)
+    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
     WeightSync(policy.spec, cfg.parallel, mesh, engine).run(policy.modules, policy.updates)
     batch = assemble(sample(cfg, policy.spec, mesh, engine), PRESETS["gspo"])
     check = RoutingCheck(cfg, policy, micro_batches(batch, budget(batch, policy.layout), policy.layout))

@@ -13,6 +13,7 @@ from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.rollout.checksums import differing_tensors
 from megarl.rollout.engine_weights import WeightGap
+from megarl.rollout.fp8_weights import Fp8Weights
 from megarl.rollout.vllm_engine import VLLMEngine
 from megarl.rollout.weight_sync import (
     SyncGap,
@@ -37,12 +38,16 @@ def verify_sync(cfg: Config) -> int:
         ensure_checkpoint(cfg.model)
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
-    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False)
+    fp8 = Fp8Weights.of(policy.spec, cfg.model, cfg.rollout)
+    how = dict(load=False, fp8=fp8, head_dtype=cfg.model.head_dtype)
+    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
     sync = WeightSync(policy.spec, cfg.parallel, mesh, engine)
-    threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype)
+    threshold = cfg.rollout.sync_threshold or default_threshold(
+        cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None
+    )
     probes = make_probes(policy.spec.vocab_size, cfg.rollout.probe_sequences, engine.probe_length)
     report = sync.run(policy.modules, policy_version=0)
-    gap = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
+    gap = measure_gap(engine, probes, probe_log_probs(policy, probes, fp8), mesh)
     weights = compare_with_learner(engine, mesh, sync.stream(policy.modules))
     sums = None if sync.plan.whole else differing_tensors(sync, policy.modules)
     stream = launcher.terminal()

@@ -36,8 +36,10 @@ def run_ranks(
 ) -> list[Any]:
     """`[target(*args, **kwargs) of rank 0, of rank 1, ...]`; `target` is `module:function`, `env` goes to every rank.
 
-    Raises RanksFailed when any rank fails or `timeout` seconds pass; every process is gone afterwards.
+    Raises RanksFailed when any rank fails or `timeout` seconds pass; every process is gone afterwards. Where ranks compute
+    on GPUs and there are fewer of them, the test is skipped.
     """
+    _need_devices(nproc)
     call = json.dumps({"target": target, "args": args, "kwargs": kwargs})
     common = {
         "WORLD_SIZE": str(nproc),
@@ -73,6 +75,14 @@ def run_ranks(
             text = (folder / f"output-{rank}").read_text(errors="replace")[-TAIL:]
             raise RanksFailed(f"{target} on {nproc} ranks: rank {rank} {why}; its output ends with:\n{text}")
         return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(nproc)]
+
+
+def _need_devices(count: int) -> None:
+    import pytest
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs, there is {torch.cuda.device_count()}")
 
 
 def run_in_turn(module: str, nproc: int, cases: dict[str, tuple[str, dict[str, Any]]], **launch: Any) -> dict[str, Any]:

@@ -57,17 +57,41 @@ def test_a_rank_gets_what_it_lacks_and_nothing_else(ranks):
 
 def test_copies_stay_below_two_layers(ranks):
     for rank in ranks:
-        for peak in (rank["peak_copies"], rank["messages"]["peak"]):
+        assert rank["in_place"]
+        for peak in (rank["peak_copies"], rank["windows"]["peak"], rank["messages"]["peak"]):
             assert 0 < peak <= 2 * rank["largest_layer"]
 
 
-@pytest.mark.parametrize("way", ["messages", "reload"])
+def test_parameters_that_moved_are_read_where_they_are(ranks):
+    for rank in ranks:
+        assert rank["moved"] == rank["synced"]
+
+
+@pytest.mark.parametrize("way", ["windows", "messages", "reload"])
 def test_other_ways_bring_the_same_weights(ranks, way):
-    """Without shared memory, and full tensors through vLLM's own reload: the log-probs are those of the first sync."""
+    """By messages through memory that ranks share, without, and full tensors through vLLM's own reload: the log-probs are those of the first sync."""
     for rank in ranks:
         assert rank[way]["gap"] == rank["synced"]
         assert rank[way]["traffic"]["bound"] == rank["traffic"]["received"]
         assert ("full tensors through vLLM's reload, because it is asked for" in rank[way]["line"]) == (way == "reload")
+
+
+def test_parked_weights_are_read_where_they_are(ranks):
+    """None of them is where it is computed with, before, in between and after the sync; its extra memory is as the ledger
+    has it, and at most two layers."""
+    for rank in ranks:
+        parked = rank["parked"]
+        assert parked["gap"] == rank["synced"] and parked["differing"] == []
+        assert parked["left"] == 0 and parked["still"] and parked["same"]
+        assert 0 < parked["needed"] <= 2 * rank["largest_layer"]
+        assert parked["peak"] <= 2 * rank["largest_layer"]
+
+
+def test_the_ledger_counts_what_a_sync_needs(ranks):
+    """Against every tensor that came and went: all messages, and no more than the engine's packing beside them."""
+    for rank in ranks:
+        assert rank["needed"]["messages"] <= rank["messages"]["peak"] <= rank["needed"]["messages"] + rank["largest_layer"]
+        assert rank["needed"]["messages"] <= 2 * rank["largest_layer"]
 
 
 def test_what_goes_wrong_on_the_way_is_named(ranks):

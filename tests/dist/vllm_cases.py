@@ -253,11 +253,13 @@ def sync(
         return "equal"
 
     out: dict[str, Any] = {"unsynced": check()}
+    weight_sync.run(policy.modules, policy_version=4)  # what it maps of other ranks is not new memory
     with _LiveBytes() as live:
         report = weight_sync.run(policy.modules, policy_version=5)
     out |= {"bytes": plan.bytes, "traffic": asdict(report.traffic), "reload": engine.reload_reason}
     out |= {"version": engine.policy_version, "synced": check()}
-    window = weight_sync.exchange.shared.windows[mesh.rank].nbytes
+    exchange = weight_sync.exchange
+    window = 0 if exchange.mapped else exchange.shared.windows[mesh.rank].nbytes  # takes no memory before it is used
     out |= {"peak_copies": live.peak + window, "largest_layer": plan.largest_layer_bytes}
     out["sums"] = {"synced": sums()}
     for name, broken in BROKEN.items():
@@ -307,18 +309,29 @@ def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -
     def spoil() -> None:
         engine.load_weights(((name, t * 1.1) for name, t in weight_sync.stream(policy.modules)), 0)
 
-    plain_windows = exchange.platform.shared_windows
-    exchange.platform.shared_windows = lambda *arguments: SharedWindows({}, {}, 1.0)
-    for name, reason in (("messages", None), ("reload", "it is asked for")):
+    out["in_place"] = weight_sync.exchange.mapped is not None
+    plain_windows, plain_map = exchange.platform.shared_windows, exchange.platform.map_tensors
+    exchange.platform.map_tensors = lambda *arguments: None
+    for name, reason in (("windows", None), ("messages", None), ("reload", "it is asked for")):
+        no_windows = lambda *arguments: SharedWindows({}, {}, 1.0)  # noqa: E731
+        exchange.platform.shared_windows = no_windows if name == "messages" else plain_windows
         spoil()
         engine.reload_reason, direct = reason, engine._direct
         engine._direct = None if reason else direct
         other = WeightSync(policy.spec, parallel, mesh, engine)
         with _LiveBytes() as live:
             report = other.run(policy.modules, 1)
+        out.setdefault("needed", {})[name] = sum(other.buffer_bytes)
         out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
         engine.reload_reason, engine._direct = None, direct
-        exchange.platform.shared_windows = plain_windows
+    out["parked"] = _parked(weight_sync, policy, parallel, spoil, check)
+    exchange.platform.map_tensors = plain_map
+    for chunk in policy.modules:  # parameters that have moved since are mapped again
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.clone()
+    spoil()
+    weight_sync.run(policy.modules, 1)
+    out["moved"] = check()
     weight_sync.run(policy.modules, 2)
     engine.generate(prompts(2, 40), _sampling(), 1)
     out["stale_cache"] = attempt(lambda: check_prefix_cache(engine, mesh))
@@ -497,6 +510,37 @@ BROKEN = {
     "layer": _skip_layer,
     "values": _scale_values,
 }
+
+
+def _parked(weight_sync: Any, policy: Any, parallel: Parallel, spoil: Any, check: Any) -> dict[str, Any]:
+    """The sync while the learner's weights have left the device, which here is the host too, and the engine's cache sleeps."""
+    from megarl.learner import host_parked
+    from megarl.rollout.checksums import differing_tensors
+    from megarl.rollout.weight_sync import WeightSync
+
+    engine, mesh, weights = weight_sync.engine, weight_sync.mesh, policy.parked["weights"]
+    spoil()
+    for chunk in policy.modules:  # what other ranks map cannot give its memory back
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.clone()
+    is_on_host, host_parked._is_on_host = host_parked._is_on_host, lambda storage: False
+    other = WeightSync(policy.spec, parallel, mesh, engine, weights)
+    engine.sleep(2)
+    weights.park()
+    left = sum(storage.nbytes() for storage in policy._storages()["weights"])
+    engine.wake(["weights"])
+    with _LiveBytes() as live:
+        other.run(policy.modules, 1)
+    engine.wake(["kv_cache"])
+    names = differing_tensors(other, policy.modules)
+    streamed = {name: float(tensor.double().sum()) for name, tensor in other.stream(policy.modules)}
+    still = weights.is_parked
+    weights.unpark()
+    host_parked._is_on_host = is_on_host
+    same = streamed == {name: float(tensor.double().sum()) for name, tensor in weight_sync.stream(policy.modules)}
+    needed, window = sum(other.buffer_bytes), sum(other.window_bytes)
+    return {"gap": check(), "left": left, "differing": names, "same": same, "still": still, "needed": needed,
+            "peak": live.peak + window}  # fmt: skip
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,19 +1,24 @@
-"""FP8 products against rounding by hand, vLLM's quantisation and PyTorch's own FP8 product; and FP8 in a whole model."""
+"""FP8 products against rounding by hand, torchao's and vLLM's quantisation and PyTorch's own FP8 product; and FP8 in a
+whole model."""
 
 from __future__ import annotations
 
-import copy
+import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megarl import platform
 
 platform.setup()
 
+from megarl.checkpoint import Checkpointer  # noqa: E402
 from megarl.config.schema import Config, Model, Optimizer, Parallel  # noqa: E402
 from megarl.convert import read_spec  # noqa: E402
 from megarl.data.packing import micro_batches, pack  # noqa: E402
@@ -32,12 +37,16 @@ from megarl.models.fp8 import (  # noqa: E402
     multiply_codes,
     quantize,
     recipe_of,
+    rounded,
 )
 from megarl.parallel import Mesh  # noqa: E402
 from megarl.verify import precision  # noqa: E402
 from tests.dist.checkpoints import make  # noqa: E402
 from tests.dist.learner_cases import fixed_batch, negative_log_likelihood  # noqa: E402
+from tests.families import all_cases  # noqa: E402
+from tests.unit.vectors import make_fp8_torchao as vectors  # noqa: E402
 
+CASES = all_cases()
 TILES = {"tensorwise": None, "blockwise": (1, 128), "mxfp8": (1, 32)}
 BLOCK = (128, 128)
 
@@ -48,7 +57,7 @@ def spread(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * torch.randn(shape[0], 1, generator=generator).exp()
 
 
-def rounded(x: np.ndarray, tile: tuple[int, int] | None, dtype: torch.dtype, power_of_two: bool) -> np.ndarray:
+def by_hand(x: np.ndarray, tile: tuple[int, int] | None, dtype: torch.dtype, power_of_two: bool) -> np.ndarray:
     """A matrix rounded to the nearest of all numbers of an FP8 format, ties to the even code, tile by tile."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy()
     codes = codes[:128]  # positive ones, ascending; the largest finite one and no infinity
@@ -80,7 +89,47 @@ def test_rounding_is_to_the_nearest_number_of_the_format(tile, dtype, power_of_t
     x = spread(150, 200)
     x[:128, :128] = x[3] = 0
     mine = dequantize(quantize(x, tile, dtype, power_of_two), torch.float64)
-    assert np.array_equal(mine.numpy(), rounded(x.numpy(), tile, dtype, power_of_two))
+    assert np.array_equal(mine.numpy(), by_hand(x.numpy(), tile, dtype, power_of_two))
+
+
+@pytest.mark.parametrize(
+    ("tile", "amax"), [(None, None), (None, 0.1), (None, 1e4), ((1, 128), None), ((1, 32), None), (BLOCK, None)]
+)
+def test_rounding_without_codes_is_that_of_the_codes(tile, amax):
+    """Of subnormal numbers, ones beyond the format, transposes and numbers that are none, too."""
+    x = spread(150, 200)
+    x[7], x[8], x[:128, :128] = x[7] * 2**-9, x[8] * 2**-30, x[:128, :128] * 2**-40
+    x[140, 190], x[3] = torch.inf, 0
+    amax = None if amax is None else torch.tensor([[amax]])
+    for dtype, power_of_two, finite in itertools.product((E4M3, E5M2), (False, True), (False, True)):
+        for matrix in (x[:140], x[:140].t()) if finite else (x, x.t(), x[:, 1:]):
+            for wide in (torch.float32, torch.float64):
+                codes = dequantize(quantize(matrix, tile, dtype, power_of_two, amax), wide)
+                mine = rounded(matrix, tile, dtype, power_of_two, amax, wide)
+                assert mine.dtype == wide and torch.equal(mine.nan_to_num(nan=1e9), codes.nan_to_num(nan=1e9))
+            assert not finite or mine.isfinite().all()
+
+
+def test_agrees_with_torchao_bit_for_bit():
+    """Tensorwise, blockwise (rows of activations, columns for a weight's gradient, blocks of weights) and mxfp8."""
+    how = {
+        "tensorwise": {},
+        "tensorwise e5m2": dict(dtype=E5M2),
+        "tensorwise power of two": dict(power_of_two=True),
+        "rows 1 x 128": dict(tile=(1, 128)),
+        "columns 128 x 1": dict(tile=(128, 1)),
+        "blocks 128 x 128": dict(tile=BLOCK),
+        "mxfp8": dict(tile=(1, 32), power_of_two=True),
+    }
+    expected = load_file(vectors.FILE)
+    assert how.keys() == vectors.SHAPES.keys() and len(expected) == 2 * len(how)
+    for case, settings in how.items():
+        codes, factors = (expected[f"{case}/{name}"] for name in ("codes", "factors"))
+        mine = quantize(vectors.matrix(case), **settings)
+        assert torch.equal(mine.codes.view(torch.uint8), codes), case
+        # what torchao does with tiles of zeros is another thing
+        empty = mine.factors == 1
+        assert torch.equal(mine.factors[~empty], factors[~empty]) and not empty.all(), case
 
 
 def test_agrees_with_vllm_bit_for_bit():
@@ -109,9 +158,27 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("columns", [64, 37])  # contraction of a multiple of 16, and padded to one
 def test_emulated_product_is_pytorchs_product_of_the_codes(columns):
-    a, b = quantize(spread(48, columns)), quantize(spread(32, columns, seed=1), dtype=E5M2)
-    mine, chip = multiply(a, b, torch.float32), multiply_codes(a, b, torch.float32)
+    a, b = (spread(48, columns),), (spread(32, columns, seed=1), None, E5M2)
+    mine, chip = multiply(rounded(*a), rounded(*b), torch.float32), multiply_codes(quantize(*a), quantize(*b), torch.float32)
     assert torch.allclose(mine, chip, rtol=1e-5, atol=1e-5 * float(chip.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "delayed"])
+def test_chips_that_multiply_codes_compute_the_emulated_numbers(name, monkeypatch):
+    """By PyTorch's FP8 product on this processor; in the backward pass codes are kept and transposed."""
+
+    def step() -> list[torch.Tensor]:
+        amax = torch.zeros(3, 2)
+        amax[:, 1] = torch.tensor([3.0, 1.0, 0.1])
+        x, weight = spread(48, 64).requires_grad_(), spread(32, 64, seed=1).requires_grad_()
+        out = Product(RECIPES[name], amax)(x[None], weight)
+        out.backward(spread(48, 32, seed=2)[None])
+        return [out, x.grad, weight.grad, amax]
+
+    emulated = step()
+    monkeypatch.setattr(platform, "has_fp8_products", lambda: True)
+    for mine, chip in zip(emulated, step(), strict=True):
+        assert torch.allclose(mine, chip, rtol=1e-5, atol=1e-5 * float(chip.abs().max()))
 
 
 def test_infinite_and_missing_numbers_reach_the_result():
@@ -119,44 +186,56 @@ def test_infinite_and_missing_numbers_reach_the_result():
         for tile, power_of_two in ((None, False), ((1, 32), True), (BLOCK, True)):
             x = spread(8, 64)
             x[2, 3] = bad
-            assert dequantize(quantize(x, tile, power_of_two=power_of_two))[2, 3].isnan()
+            for found in (dequantize(quantize(x, tile, power_of_two=power_of_two)), rounded(x, tile, E4M3, power_of_two)):
+                assert found[2, 3].isnan()
     tiny = torch.full((1, 32), 1e-44)  # its scale would be infinite
     assert dequantize(quantize(tiny)).isfinite().all()
 
 
 @pytest.mark.parametrize("format", ["e4m3", "hybrid"])
-@pytest.mark.parametrize("name", ["tensorwise", "blockwise", "mxfp8"])
-def test_gradients_are_those_of_the_straight_through_function(name, format):
-    """Finite differences of `sum(g * (x w^T))` with every operand as each product sees it, rounded by hand."""
-    recipe = recipe_of(Model(path="", fp8=name, fp8_format=format))
+@pytest.mark.parametrize(
+    ("name", "power_of_two"), [("tensorwise", False), ("blockwise", False), ("blockwise", True), ("mxfp8", True)]
+)
+def test_gradients_are_those_of_the_straight_through_function(name, power_of_two, format):
+    """Every product's operands rounded by hand; and central differences of the product in which rounding is a constant.
+
+    The differences are those of `sum(signs * (x w^T))`, whose gradient to the product FP8 holds without rounding.
+    """
+    recipe = recipe_of(Model(path="", fp8=name, fp8_format=format, fp8_power_of_two=power_of_two))
     gradients = {"e4m3": E4M3, "hybrid": E5M2}[format]
     tile, weight_tile = TILES[name], BLOCK if name == "blockwise" else TILES[name]
     x, weight, g = spread(160, 192), spread(144, 192, seed=1) / 8, spread(160, 144, seed=2) * 1e-4
-    inputs, weights = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = Product(recipe)(inputs[None], weights)
-    out.backward(g[None])
 
     def part(matrix: torch.Tensor, tile, dtype=E4M3) -> np.ndarray:
-        return rounded(matrix.numpy(), tile, dtype, name == "mxfp8")
-
-    def slope(a: np.ndarray, rest: np.ndarray, row: int, column: int) -> float:
-        """Of `sum(rest * a)` to an element of a."""
-        up, down = copy.deepcopy(a), copy.deepcopy(a)
-        up[row, column] += 0.5
-        down[row, column] -= 0.5
-        return float((rest * up).sum() - (rest * down).sum())
+        return by_hand(matrix.numpy(), tile, dtype, power_of_two)
 
     def near(mine: torch.Tensor, other: np.ndarray) -> bool:
         return torch.allclose(mine.detach().double(), torch.from_numpy(other), rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
-    assert near(out[0], part(x, tile) @ part(weight, weight_tile).T)
-    to_x = part(g, tile, gradients) @ part(weight.t(), weight_tile).T
-    to_weight = part(g.t(), tile, gradients) @ part(x.t(), tile).T
+    def emulated(upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs, weights = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = Product(recipe)(inputs[None], weights)
+        return out[0], *torch.autograd.grad(out, (inputs, weights), upstream[None])
+
+    # as the gradient's products see them: blocks lie along what is summed over
+    seen_x, seen_weight = part(x.t(), tile).T, part(weight.t(), weight_tile).T
+    out, to_x, to_weight = emulated(g)
+    assert near(out, part(x, tile) @ part(weight, weight_tile).T)
+    assert near(to_x, part(g, tile, gradients) @ seen_weight) and near(to_weight, part(g.t(), tile, gradients) @ seen_x)
+
+    signs = g.sign()
+    _, to_x, to_weight = emulated(signs)
     for row, column in ((0, 0), (7, 191), (130, 45)):
-        assert slope(x.double().numpy(), to_x, row, column) == pytest.approx(float(inputs.grad[row, column]), rel=1e-4)
-        found = float(weights.grad[row, column])
-        assert slope(weight.double().numpy(), to_weight, row, column) == pytest.approx(found, rel=1e-4)
-    assert near(inputs.grad, to_x) and near(weights.grad, to_weight)
+        for found, turned, fixed, along in (
+            (to_x, seen_x, seen_weight, signs.double().numpy()),
+            (to_weight, seen_weight, seen_x, signs.double().numpy().T),
+        ):
+            values = []
+            for step in (1e-3, -1e-3):
+                moved = turned.copy()  # rounding added a constant: the matrix moves as what is rounded does
+                moved[row, column] += step
+                values.append((along * (moved @ fixed.T)).sum())
+            assert float(found[row, column]) == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-4, abs=1e-5)
 
 
 def test_experts_are_products_of_their_own():
@@ -181,7 +260,8 @@ def test_delayed_scales_come_from_the_past(most_recent):
         if largest is not None:
             x = torch.zeros(16, 16)
             x[0, 0] = largest
-            used.append(float(product.operand(x, "input", record=False).factors) * 448)
+            # what is larger than a scale allows for saturates
+            used.append(float(product.operand(x * (1e6 if used else 1), "input", record=False).max()))
             x.requires_grad_()
             (product(x, weight) * 1e-3).sum().backward()
         advance(amax)
@@ -203,7 +283,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return Mesh.build(Parallel())
+    yield Mesh.build(Parallel())
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def policy_of(folder: str, mesh: Mesh, recompute: str = "none", **model) -> Policy:
@@ -225,29 +309,39 @@ def test_which_products_are_in_fp8(folder, mesh):
         policy_of(folder, mesh, fp8="tensorwise", fp8_skip_first=1, fp8_skip_last=2)
 
 
+def padded_step(folder: str, mesh: Mesh, rows: int, embedding: float, recompute: str, **model) -> list[torch.Tensor]:
+    """Log-probs, then gradients, then histories of a step over a row whose padding has an embedding of this size."""
+    cfg = Config(model=Model(path=folder, **model), parallel=Parallel(recompute=recompute))
+    spec = replace(read_spec(folder), qkv_bias=True, output_bias=True)
+    policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.modules[0].named_parameters():
+            parameter.normal_(float("norm" in name), 10.0 if name.endswith("bias") else 0.1)
+        policy.modules[0].embedding.word_embeddings.weight[0] = embedding
+    policy.optimizer.reload_model_params()
+    packed = [pack(fixed_batch(), range(8), policy.layout, rows)]
+    assert (packed[0].held < 0).any() and len(packed[0].tokens) == (rows or len(packed[0].tokens))
+    log_probs, _ = policy.log_probs(packed)
+    result = policy.train_step(packed, negative_log_likelihood)
+    assert result.applied
+    buffers = [buffer for name, buffer in policy.modules[0].named_buffers() if name.endswith("_amax")]
+    assert len(buffers) == (4 * spec.num_layers if cfg.model.fp8 == "delayed" else 0)
+    return [*log_probs, *(p.main_grad for p in policy.chunks[0].parameters()), *buffers]
+
+
 @pytest.mark.parametrize(("recipe", "recompute"), [("tensorwise", "selective"), ("delayed", "full"), ("mxfp8", "none")])
 def test_padding_has_no_part_in_scales(folder, mesh, recipe, recompute):
-    """Rows of a token whose embedding is huge change no log-prob, no gradient and no history, even where biases are."""
-    found = []
-    cfg = Config(model=Model(path=folder, fp8=recipe), parallel=Parallel(recompute=recompute))
-    spec = replace(read_spec(folder), qkv_bias=True, output_bias=True)
-    for rows in (0, 320):
-        policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3), total_steps=10)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in policy.modules[0].named_parameters():
-                parameter.normal_(float("norm" in name), 10.0 if name.endswith("bias") else 0.1)
-            policy.modules[0].embedding.word_embeddings.weight[0] = 1e4
-        policy.optimizer.reload_model_params()
-        packed = [pack(fixed_batch(), range(8), policy.layout, rows)]
-        assert len(packed[0].tokens) == (rows or 192 if recipe == "mxfp8" else rows or 176)
-        log_probs, _ = policy.log_probs(packed)
-        found.append([*log_probs, torch.tensor(policy.train_step(packed, negative_log_likelihood).grad_norm)])
-        found[-1] += [p.main_grad for p in policy.chunks[0].parameters()]
-        found[-1] += [buffer for _, buffer in policy.modules[0].named_buffers()]
-    assert len(found[0]) > 2
-    for short, long in zip(*found, strict=True):
-        assert torch.allclose(short, long, rtol=1e-4, atol=1e-5 * float(short.abs().max()))
+    """What stands in rows of padding changes no bit of a log-prob, gradient or history, even where biases are.
+
+    Their number changes the order in which products are added up, and so last bits, from which rounding to FP8 makes
+    large steps; but almost none of them in float64, whose last bits are below those that are rounded.
+    """
+    small, huge = (padded_step(folder, mesh, 320, size, recompute, fp8=recipe) for size in (0.1, 1e4))
+    assert all(torch.equal(a, b) for a, b in zip(small, huge, strict=True))
+    short, long = (padded_step(folder, mesh, rows, 1e4, recompute, fp8=recipe, dtype="float64") for rows in (0, 320))
+    for a, b in zip(short, long, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10 * float(a.abs().max()))
 
 
 def test_first_ratio_is_1_and_the_history_moves_by_steps(folder, mesh):
@@ -286,5 +380,41 @@ def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
 
 def test_sizes_that_fp8_cannot_multiply(tmp_path, mesh):
     make(tmp_path, moe_intermediate_size=32, num_hidden_layers=1)
-    with pytest.raises(BadInput, match=r"linear_qkv.weight is 192 x 64 .* multiples of 16 x 128; set model.fp8: mxfp8"):
+    with pytest.raises(BadInput) as error:
         policy_of(str(tmp_path), mesh, fp8="blockwise")
+    assert str(error.value) == (
+        "model.fp8 = 'blockwise': layer 0 self_attention.linear_qkv.weight is 192 x 64, and the recipe needs multiples of 16 x "
+        "128; set model.fp8: mxfp8"
+    )
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_verify_precision_of_a_model_that_is_too_large(name, tmp_path, mesh, monkeypatch, capsys):
+    """A small one of its kind, with latent attention or with biases, that every recipe can multiply."""
+    CASES[name].configuration().save_pretrained(tmp_path)
+    monkeypatch.setattr(precision, "LARGEST", 0)
+    monkeypatch.setattr(precision.launcher, "terminal", lambda: sys.stdout)
+    precision.verify_precision(Config(model=Model(path=str(tmp_path), fp8_skip_first=2, fp8_skip_last=2)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path}: 0.0B parameters are too many here; a random {name} of 4 layers, hidden 128")
+    assert lines[1].split()[-5:] == ["bfloat16", *RECIPES]
+    assert lines[-1] == "FP8 recipes on top of float32; layers 0, 3 without FP8"
+    rows = {line[:24].strip(): [float(number) for number in line.split()[-5:]] for line in lines[2:9]}
+    assert not any(rows["hidden after layer 0"][1:]) and all(0 < x < 0.5 for x in rows["hidden after layer 3"])
+    named = [line for line in lines if "adds most" in line]
+    assert len(named) == 5 and all(": layer 1 " in line or ": layer 2 " in line for line in named[1:])
+
+
+def test_past_of_delayed_scales_that_a_checkpoint_lacks(folder, mesh, tmp_path):
+    def checkpointer(**model) -> Checkpointer:
+        out = Checkpointer(tmp_path, mesh, keep=1)
+        out.register("policy", policy_of(folder, mesh, **model))
+        return out
+
+    checkpointer(fp8="tensorwise").save(1)
+    with pytest.raises(BadInput, match=r"step_000001: holds no past of model.fp8 = 'delayed'; resume with the model.fp8 that"):
+        checkpointer(fp8="delayed").load_latest()
+    checkpointer(fp8="delayed", fp8_history=2).save(2)
+    with pytest.raises(BadInput, match=r"^model.fp8_history = 3: .*step_000002 holds 2 steps; set 2$"):
+        checkpointer(fp8="delayed", fp8_history=3).load_latest()
+    assert checkpointer(fp8="delayed", fp8_history=2).load_latest() == checkpointer().load_latest() == 2

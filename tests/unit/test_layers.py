@@ -74,6 +74,7 @@ def _plain_experts(x, weight1, weight2, ends, probs, rows):
         (cpu.gated_experts, torch.float64),
         (cpu.gated_experts, torch.float32),
         (cuda_experts.gated_experts, torch.float32),
+        (cuda_experts.gated_experts, torch.float64),
     ],
 )
 def test_gated_experts_and_their_gradients(counts, shared, way, dtype):
@@ -119,6 +120,20 @@ def test_linear_and_its_gradients(rows, width, dtype):
         assert torch.allclose(out.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=0)
         mine = torch.autograd.grad(out, (x, weight), upstream)
         assert all(torch.allclose(a, b, atol=5e-4, rtol=0) for a, b in zip(mine, expected, strict=True))
+
+
+def test_products_of_parts_of_wider_rows():
+    """Copied for oneDNN, which takes 100 ms and more for them as they are; rows and transposes are not."""
+    torch.manual_seed(0)
+    wide, weight = torch.randn(48, 200), torch.randn(32, 96)
+    sparse = wide.t()[:192:2].t()
+    for whole in (wide, wide.t(), wide[3:9], wide[None, 3:9, None]):
+        assert cpu_products._dense(whole).data_ptr() == whole.data_ptr()
+    for part in (wide[:, 7:103], sparse, wide[:, None, 7:103], torch.ones(1, 1).expand(48, 96)):
+        mine = cpu_products._dense(part)
+        assert mine.is_contiguous() and mine.data_ptr() != part.data_ptr() and torch.equal(mine, part)
+        assert torch.allclose(cpu_products.product(part, weight), part @ weight.t(), atol=1e-4, rtol=0)
+    assert torch.allclose(cpu_products.product(weight, wide[:, 7:103]), weight @ wide[:, 7:103].t(), atol=1e-4, rtol=0)
 
 
 def test_chunks_are_sorted_unless_they_are():
@@ -172,11 +187,12 @@ def test_attention_of_packed_rows(lengths, window, ways, monkeypatch):
         assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip((out, *mine), (expected, *plain), strict=True))
 
 
+@pytest.mark.parametrize("width", [8, 6])  # rows of whole 16 bytes, which PyTorch's grouped product wants, and others
 @pytest.mark.parametrize("way", [cpu.grouped_linear, cuda_experts.grouped_linear])
-def test_grouped_linear_and_its_gradients(way):
+def test_grouped_linear_and_its_gradients(way, width):
     torch.manual_seed(0)
     counts = torch.tensor([5, 0, 19])
-    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((24, 8), (3, 16, 8), (3, 16)))
+    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((24, width), (3, 16, width), (3, 16)))
     own = torch.arange(3).repeat_interleave(counts)
     expected = torch.einsum("nk,nmk->nm", x, weight[own]) + bias[own]
     out = way(x, weight, bias, counts.cumsum(0).int())

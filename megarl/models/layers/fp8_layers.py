@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from megarl.models.moe.experts import GroupedExperts
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.types import MicroBatch
+
+AMAX = "_amax"  # after a weight's name: that of its buffer
 
 
 class FP8Layers:
@@ -59,7 +61,7 @@ class FP8Layers:
                         weight.product = product
             if is_fp8:
                 _Padding(layer, mesh)
-        _check_sizes(recipe, weights, model.dtype)
+        _check_sizes(recipe, weights, model, mesh)
 
     @classmethod
     def of(cls, chunks: Sequence[nn.Module], model: Model, spec: ModelSpec, mesh: Mesh) -> FP8Layers | None:
@@ -72,7 +74,7 @@ class FP8Layers:
         if self.recipe.history:
             shape = (*((len(weight),) if grouped else ()), 3, 1 + self.recipe.history)
             amax = torch.zeros(shape, dtype=torch.float32, device=platform.device())
-            module.register_buffer(f"{which}_amax", amax)
+            module.register_buffer(which + AMAX, amax)
             (self._experts if grouped else self._linears).append(amax)
         if not grouped:
             self._products.append(Product(self.recipe, amax))
@@ -108,17 +110,6 @@ class FP8Layers:
                 advance(buffer)
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """In the block products are those without FP8."""
-        for weight, _product in self._weights:
-            del weight.product
-        try:
-            yield
-        finally:
-            for weight, product in self._weights:
-                weight.product = product
-
-    @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
         """Passes without a gradient count for the scales of `delayed` too."""
         for product in self._products:
@@ -128,6 +119,30 @@ class FP8Layers:
         finally:
             for product in self._products:
                 product.calibrating = False
+
+
+@contextlib.contextmanager
+def multiplying(chunks: Sequence[nn.Module], product: Callable[[int], Any], layers: range) -> Iterator[None]:
+    """In the block the weights of these layers multiply by products of `product(experts)`, 0 experts for a linear, and
+    all others without FP8."""
+    found = [
+        (weight, layer.layer_number - 1, isinstance(module, GroupedExperts))
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        for name, module in layer.named_modules()
+        for weight in _weights(name, module).values()
+    ]
+    before = [weight.__dict__.pop("product", None) for weight, _, _ in found]
+    for weight, layer, grouped in found:
+        if layer in layers:
+            weight.product = product(len(weight) if grouped else 0)
+    try:
+        yield
+    finally:
+        for (weight, _, _), former in zip(found, before, strict=True):
+            weight.__dict__.pop("product", None)
+            if former is not None:
+                weight.product = former
 
 
 class _Padding:
@@ -174,7 +189,7 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     return {"weight": module.weight} if name.split(".")[-1].startswith("linear_") else {}
 
 
-def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -> None:
+def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], model: Model, mesh: Mesh) -> None:
     # of experts: [E, N, K], or [E, 2, F, K] for two matrices in one product
     sizes = {name: (weight[0].numel() // weight.shape[-1] if weight.ndim > 2 else len(weight), weight.shape[-1])
              for name, weight in weights.items()}  # fmt: skip
@@ -185,8 +200,10 @@ def _check_sizes(recipe: Recipe, weights: dict[str, nn.Parameter], dtype: str) -
     for name, size in sizes.items():
         if not fits(recipe, size):
             working = (other.name for other in RECIPES.values() if all(fits(other, size) for size in sizes.values()))
-            better = next(working, f"none ({dtype})")
+            better = next(working, f"none ({model.dtype})")
+            cut = " on a rank" if max(mesh.tp, mesh.etp) > 1 else ""
             raise BadInput(
-                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]} on a rank, and the recipe needs multiples of "
-                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}, or lower parallel.tp and etp"
+                f"model.fp8 = {recipe.name!r}: {name} is {size[0]} x {size[1]}{cut}, and the recipe needs multiples of "
+                f"{recipe.multiples[0]} x {recipe.multiples[1]}; set model.fp8: {better}"
+                + (", or lower parallel.tp and etp" if cut else "")
             )

@@ -29,7 +29,12 @@ class GroupLimited:
         return grouped.masked_fill(~inside[:, :, None], float("-inf")).flatten(1)
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Callable[..., Any]
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: Any = None,
+        group_topk: Any = None,
+        default_compute_topk: Callable[..., Any] = torch.topk,
     ) -> tuple[Tensor, Tensor]:
         """Megatron's hook: scores `[m, E]` -> the chosen experts' scores and numbers `[m, k]`."""
         return default_compute_topk(self.limited(scores), topk)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megarl.models.moe.biased_experts import BiasedExperts
 from megarl.models.moe.experts import GroupedExperts, Routed
+from megarl.models.moe.pair_router import PairRouter
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -24,19 +25,20 @@ class LocalDispatcher(MoETokenDispatcher):
     size of the hidden states.
     """
 
-    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        self.hidden_shape, self.routing_map = hidden.shape, routing_map
-        return hidden.view(-1, hidden.shape[-1]), probs
+    def dispatch_preprocess(self, hidden: Tensor, chosen: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """`chosen` and `gates [tokens, k]`, from a `PairRouter`."""
+        self.hidden_shape, self.chosen = hidden.shape, chosen
+        return hidden.view(-1, hidden.shape[-1]), gates
 
-    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, probs
+    def token_dispatch(self, hidden: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, gates
 
-    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Routed, Tensor]:
-        """`hidden [tokens, H]` as it is; `probs [tokens, E]` of the pairs that are routed."""
-        experts, rows = self.routing_map.t().contiguous().nonzero(as_tuple=True)
-        num_experts = probs.shape[1]
-        counts = torch.bincount(experts, minlength=num_experts)
-        return hidden, Routed(counts, rows), probs.flatten().index_select(0, rows * num_experts + experts)
+    def dispatch_postprocess(self, hidden: Tensor, gates: Tensor) -> tuple[Tensor, Routed, Tensor]:
+        """`hidden [tokens, H]` as it is, the pairs in the order of their experts, and the gate of each."""
+        experts, pairs = self.chosen.flatten().to(torch.int16).sort(stable=True)  # a narrow type sorts faster
+        counts = torch.bincount(experts, minlength=self.config.num_moe_experts)
+        rows = pairs.div(self.chosen.shape[1], rounding_mode="floor")
+        return hidden, Routed(counts, rows), gates.flatten().index_select(0, pairs)
 
     def combine_preprocess(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -51,18 +53,25 @@ class LocalDispatcher(MoETokenDispatcher):
 class MoE(MoELayer):
     """`MoELayer` of `GroupedExperts`, or `BiasedExperts` where linears have biases.
 
-    With a `LocalDispatcher` when ep and etp are 1.
+    With a `PairRouter` and `LocalDispatcher` when ep and etp are 1.
 
     It stands in a layer's spec as the class itself: of a `ModuleSpec` Megatron knows its own classes only.
     """
 
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)  # of the shared experts
+    reads_in_place = True  # the experts take `Routed`
+
     def __init__(self, config: TransformerConfig) -> None:
         groups = get_default_pg_collection()
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-        experts = BiasedExperts if config.add_bias_linear else GroupedExperts
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=self.linears)
         super().__init__(
-            config, MoESubmodules(experts=experts, shared_experts=shared), pg_collection=groups
+            config, MoESubmodules(experts=self.experts_of(config), shared_experts=shared), pg_collection=groups
         )
-        if groups.ep.size() * groups.expt_tp.size() == 1:
+        if self.reads_in_place and groups.ep.size() * groups.expt_tp.size() == 1:
+            self.router = PairRouter(config, groups)
             self.token_dispatcher = LocalDispatcher(config, groups)
+
+    @staticmethod
+    def experts_of(config: TransformerConfig) -> type | ModuleSpec:
+        """The module of a rank's experts."""
+        return BiasedExperts if config.add_bias_linear else GroupedExperts

@@ -113,7 +113,8 @@ def compare_layouts(
         write_checkpoint(folder / "policy", spec, seed=cfg.seed)
         write_checkpoint(folder / "critic", replace(spec, head="scalar"), seed=cfg.seed + 1)
         router = {"router_dtype": "float64"} if dtype == "float64" else {}
-        model = cfg.model.model_copy(update={"path": str(folder / "policy"), "generate": None, "dtype": dtype} | router)
+        own = {"path": str(folder / "policy"), "generate": None, "dtype": dtype, "fp8": "none"}  # its scales depend on layouts
+        model = cfg.model.model_copy(update=own | router)
         job = Config(model=model)
         write_json(folder / "config.json", job.model_dump(mode="json"))
         runs, skipped = _sort_out(chosen, job, bool(names), spec.is_moe, nproc)
