@@ -144,7 +144,10 @@ class Checkpointer:
             state = json.loads((path / STATE).read_text())
             sharded = self._sharded(is_loading=True)
             _check_amaxes(path, sharded)
-            loaded = dist_checkpointing.load(sharded, str(path / SHARDS))
+            self._restore(path, state, dist_checkpointing.load(sharded, str(path / SHARDS)))
+            return state["step"]
+
+    def _restore(self, path: Path, state: dict[str, Any], loaded: dict[str, Any]) -> None:
         for name, policy in self.policies.items():
             _load_policy(policy, loaded[name])
             policy.updates = state["updates"][name]
@@ -167,7 +170,6 @@ class Checkpointer:
             )
         self.notes += _changes("settings", _leaves(state.get("config", {})), _leaves(self.config))
         self.notes += _changes("versions", state.get("versions", {}), _versions())
-        return state["step"]
 
     def _begin(self, step: int, copy: bool) -> _Save:
         """What is to be written, planned by all ranks together; with `copy` the caller may go on to change it."""
@@ -502,7 +504,16 @@ def damaged(path: Path) -> Iterator[None]:
     """Raises BadInput when the shards at `path`, read inside it, are damaged or belong to another model."""
     try:
         yield
-    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (
+        CheckpointingException,
+        CheckpointException,
+        LookupError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         line = " ".join(str(causes[0]).split())[:300]
         raise BadInput(f"{path}: cannot be read as a checkpoint of this model ({line}); give another one") from None

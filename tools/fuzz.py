@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STATE, TABLE = ROOT / "runs/fuzz", ROOT / "tools/bench/results/fuzz.md"
-CHUNK, HANG = 1000, 120  # cases of one process; seconds that no case may take
+CHUNK, HANG = 5000, 120  # cases of one process; seconds that no case may take
 OF_BYTES = {
     "safetensors header": ["megarl.convert"],
     "checkpoint .metadata": ["megarl.platform.safe_loading"],
@@ -52,8 +52,6 @@ def main() -> int:
         return run(given.run[0], int(given.run[1]), int(given.run[2]))
     if given.guided:
         return guided(given.guided[0], int(given.guided[1]))
-    from tests.fuzz.targets import TARGETS
-
     state = read_state()
     if given.cli:
         through_command_line(given.cli, state)
@@ -61,9 +59,15 @@ def main() -> int:
         for name in given.target or OF_BYTES:
             with_atheris(name, given.cases, state)
     else:
-        for name in given.target or TARGETS:
+        for name in given.target or all_targets():
             with_cases(name, given.cases, state)
     return 1 if any(entry["findings"] for entry in state.values()) else 0
+
+
+def all_targets() -> list[str]:
+    from tests.fuzz.targets import TARGETS
+
+    return list(TARGETS)
 
 
 def entry_of(state: dict, key: str) -> dict:
@@ -111,7 +115,7 @@ def with_cases(name: str, cases: int, state: dict) -> None:
         first = entry["cases"]
         end = min(first + CHUNK, cases)
         started = time.monotonic()
-        code, said = child("--run", name, str(first), str(end), seconds=CHUNK * HANG)
+        code, said = child("--run", name, str(first), str(end), seconds=24 * 3600)
         found = (
             json.loads(said.splitlines()[-1]) if code == 0 else {"works": 0, "refused": 0, "findings": [said[-600:]]}
         )

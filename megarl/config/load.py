@@ -162,7 +162,7 @@ def _apply_override(tree: Any, override: str) -> str:
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])._get_node("value")
         OmegaConf.update(tree, key, value, merge=False)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as e:
+    except (OmegaConfBaseException, yaml.YAMLError, LookupError, RecursionError, TypeError, ValueError, AttributeError) as e:
         raise BadInput(f"override {override!r}: {_first_line(e)}; give a key that exists and a YAML value") from None
     return key
 

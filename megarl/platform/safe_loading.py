@@ -19,10 +19,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 
+from megarl.bounds import bounded
 from megarl.errors import BadInput
 
 METADATA, COMMON = ".metadata", "common.pt"
 LARGEST_METADATA = 1 << 30  # bytes; that of a model with 100,000 tensors has 50 MiB
+SECONDS, SPARE, GROWTH = 600.0, 256 << 20, 64  # a table of contents takes some ten times its bytes in memory
 _DCP = "torch.distributed.checkpoint"
 # Every class that the table of contents of a checkpoint names: plain values, none of which does anything when it is made.
 ALLOWED = {
@@ -61,7 +63,8 @@ class _Restricted(pickle.Unpickler):
 def load_metadata(data: bytes) -> Metadata:
     """The table of contents in `data`, with nothing but plain values in it. Raises NotPlain."""
     try:
-        found = _Restricted(io.BytesIO(data)).load()
+        with bounded(SECONDS, SPARE + GROWTH * len(data)):  # one opcode can ask for a memo of 2^32 entries
+            found = _Restricted(io.BytesIO(data)).load()
         if not isinstance(found, Metadata):
             raise TypeError(f"a {type(found).__name__}")
         for name, entry in found.state_dict_metadata.items():

@@ -25,6 +25,7 @@ NEW_FILES, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x8000000, 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 0x4000, 1 << 18
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 LAST_CAPABILITY = 63
+MARGIN = 8  # tasks that a cgroup allows beyond what ends a tree, so that it is ended and not refused
 INTERVAL = 0.05  # seconds between two looks at what a tree of processes uses
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -120,13 +121,28 @@ def task_group(tasks: int) -> Path | None:
                     old.rmdir()
         group = parent / f"megarl-reward-{os.getpid()}"
         try:
-            group.mkdir()
+            group.mkdir(exist_ok=True)
             (group / "pids.max").write_text(str(tasks))
             return group
         except OSError:
             with contextlib.suppress(OSError):
                 group.rmdir()
     return None
+
+
+def enter(group: Path | None) -> None:
+    """Puts this process, and what it will start, into a task group."""
+    if group is not None:
+        with contextlib.suppress(OSError):
+            (group / "cgroup.procs").write_text("0")
+
+
+def leave(group: Path | None) -> None:
+    """Removes a task group, once all in it have ended, with those below it."""
+    if group is not None:
+        for folder in (*group.glob("megarl-reward-*"), group):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def limit_user_tasks(tasks: int) -> None:
@@ -251,9 +267,11 @@ def run_program(source: str, stdin: bytes, bounds: Bounds) -> Outcome:
     ):
         given.write(stdin)
         given.seek(0)
+        group = task_group(bounds.tasks + MARGIN)
         pid = os.fork()
         if not pid:
             try:
+                enter(group)
                 _become_program(source, folder, given.fileno(), printed.fileno(), bounds)
             finally:
                 os._exit(127)
@@ -263,6 +281,7 @@ def run_program(source: str, stdin: bytes, bounds: Bounds) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            leave(group)
         printed.seek(0)
         return Outcome(128 - code if code < 0 else code, printed.read(bounds.file), ended)
 

@@ -32,7 +32,6 @@ from megarl.rewards.frames import read_work, write_answer
 from megarl.rewards.functions import build
 
 LARGEST = 1e18  # a larger score overflows float32 in the square
-MARGIN = 8  # tasks that the cgroup allows beyond what ends a worker, so that it is ended and not refused
 PREPARING = 600  # seconds of processor time for what is imported between two chunks
 PRINTED = 1 << 16  # bytes of a worker's output that reach the log, each minute
 
@@ -47,7 +46,7 @@ def main() -> None:
     sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         os._exit(1)
-    group = sandbox.task_group(limits["tasks"] + MARGIN)
+    group = sandbox.task_group(limits["tasks"] + sandbox.MARGIN)
     folder = tempfile.mkdtemp(prefix="megarl-reward-")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     missing = sandbox.new_namespaces(limits["network"])
@@ -56,11 +55,9 @@ def main() -> None:
     if not first:
         try:
             os.close(output)
-            if group is not None:
-                with contextlib.suppress(OSError):
-                    (group / "cgroup.procs").write_text("0")
-            elif os.getuid():
-                sandbox.limit_user_tasks(limits["tasks"] + MARGIN)
+            sandbox.enter(group)
+            if group is None and os.getuid():
+                sandbox.limit_user_tasks(limits["tasks"] + sandbox.MARGIN)
             first_process(limits, missing, printed, verdict)
         finally:
             os._exit(1)
@@ -81,9 +78,7 @@ def end(first: int, verdict: int, reason: str, folder: str, group: Path | None) 
         os.kill(first, signal.SIGKILL)
     sandbox.end_descendants()
     shutil.rmtree(folder, ignore_errors=True)
-    if group is not None:
-        with contextlib.suppress(OSError):
-            group.rmdir()
+    sandbox.leave(group)
     os._exit(0)
 
 

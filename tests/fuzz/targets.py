@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 
+from megarl import manifest
 from megarl.config import load_config
 from megarl.config.check import _read_config_json
 from megarl.config.schema import DataSource, Generate, Reward
@@ -288,6 +290,16 @@ def dcp_common(data: bytes) -> None:
     check_shards(put("shards2/common.pt", data).parent)
 
 
+def manifest_json(data: bytes) -> None:
+    folder = put("step/manifest.json", data).parent
+    put("step/state.json", b"{}")
+    found = manifest.listed(folder)
+    if isinstance(found, dict):
+        found = manifest.problem(folder, found)
+    if found is not None:
+        raise BadInput(found)
+
+
 def rollouts(data: bytes) -> None:
     read_groups(put("step_000001.jsonl", data))
 
@@ -378,6 +390,11 @@ TARGETS = {
     ),
     "checkpoint .metadata": Target(dcp_metadata, lambda: [metadata_seed(), evil_metadata()]),
     "checkpoint common.pt": Target(dcp_common, lambda: [common_seed(), evil_common()]),
+    "checkpoint manifest.json": Target(
+        manifest_json,
+        lambda: [lines({"files": {"state.json": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}}})],
+        "json",
+    ),
     "recorded rollouts": Target(rollouts, lambda: [lines(TRAJECTORY, TRAJECTORY | {"sample_index": 1})], "jsonl"),
     "engine outputs": Target(
         engine_output,

@@ -20,6 +20,7 @@ from megarl.data.chat import render_prompts
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 from megarl.models.generate import generate_checkpoint
+from megarl.platform.safe_loading import NotPlain, load_metadata
 from megarl.report import write_report
 
 SMALL = Generate(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=2, moe_intermediate_size=8,
@@ -166,6 +167,11 @@ def test_a_header_larger_than_its_file_takes_no_memory(copy: Path, length: int) 
     (copy / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}" * 50)
     with bounded(10, 64 << 20), pytest.raises(BadInput, match="truncated or not a safetensors file"):
         HFReader(copy)
+
+
+def test_a_pickle_that_asks_for_endless_room_is_refused() -> None:
+    with pytest.raises(NotPlain, match="memory"):
+        load_metadata(b"\x80\x04Nr\xff\xff\xff\xff.")  # put None at place 2^32 - 1 of the memo
 
 
 MARK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"

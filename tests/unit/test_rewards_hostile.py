@@ -125,11 +125,11 @@ CASES = {
     "daemon": None,
     "daemon and exit": "exit code 5",
     "fork": None,
-    "fork bomb": "started more than 40 processes and threads",
+    "fork bomb": "started more than 40 processes|timed out after 1.5 s",
     "threads": "started more than 40 processes and threads|can't start new thread",
     "print": "none or timed out after 1.5 s",
     "memory": "MemoryError|more than 0.3 GiB",
-    "memory of children": "more than 0.3 GiB of memory",
+    "memory of children": "more than 0.3 GiB of memory|timed out after 1.5 s",
     "close": "ended|no answer|timed out",
     "babble": "what is no answer",
     "forge": "what is no answer",
@@ -200,6 +200,21 @@ def test_the_others_keep_their_scores_and_nothing_is_left(outcomes: dict[str, di
             assert any(part in reason for part in wanted.removeprefix("none or ").split("|")), (where, reason)
             assert len(reason) <= 500, where
         assert outcome["workers"] == 1 and outcome["at the end"] == 0, where
+
+
+def test_too_many_processes_and_too_much_memory_end_a_worker_long_before_its_time(tmp_path, monkeypatch) -> None:
+    (tmp_path / "greedy_verifier.py").write_text(VERIFIER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    limits = {"memory_gib": 0.3, "max_processes": 40, "max_failed_fraction": 1.0, "timeout_seconds": 60}
+    with RewardRunner(Reward(type="greedy_verifier:score", **limits)) as runner:
+        rows = [(Prompt("p", (1,), ""), text) for text in ("fork bomb", "good", "memory of children", "good")]
+        said = [(result.score, result.reason) for result in runner.score(rows)]
+    assert said == [
+        (0.0, "started more than 40 processes and threads"),
+        (1.0, ""),
+        (0.0, "used more than 0.3 GiB of memory"),
+        (1.0, ""),
+    ]
 
 
 def test_a_worker_has_no_network_and_no_tokens_unless_asked(tmp_path, monkeypatch) -> None:
