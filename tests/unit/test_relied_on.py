@@ -93,6 +93,20 @@ VLLM = {
     "model_executor/layers/fused_moe/experts/cpu_moe.py": {
         "CPUUnquantizedExperts.apply": "self output hidden_states topk_weights topk_ids expert_map",
         "CPUUnquantizedExperts.isa": "",
+        "CPUExpertsFp8.apply":
+            "self output hidden_states w1 w2 topk_weights topk_ids expert_map apply_router_weight_on_input",
+        "prepare_fp8_moe_layer_for_cpu": "",
+    },
+    "model_executor/layers/fused_moe/experts/triton_moe.py": {"TritonExperts": ""},
+    "model_executor/kernels/linear/__init__.py": {"_POSSIBLE_FP8_BLOCK_KERNELS": ""},
+    "model_executor/kernels/linear/scaled_mm/BlockScaledMMLinearKernel.py": {
+        "Fp8BlockScaledMMLinearKernel.apply_weights": "self layer x bias",
+        "Fp8BlockScaledMMLinearKernel.process_weights_after_loading": "self layer",
+    },
+    "model_executor/kernels/linear/scaled_mm/cutlass.py": {"CutlassFp8BlockScaledMMKernel": ""},
+    "model_executor/kernels/linear/scaled_mm/triton.py": {"TritonFp8BlockScaledMMKernel": ""},
+    "model_executor/layers/quantization/fp8.py": {
+        "Fp8Config.get_supported_act_dtypes": "cls", "Fp8LinearMethod.fp8_linear": "",
     },
     "model_executor/layers/fused_moe/oracle/unquantized.py": {"UnquantizedMoeBackend.TRITON": ""},
     "model_executor/layers/fused_moe/routed_experts.py": {
@@ -257,7 +271,8 @@ def replaced(file: Path) -> set[str]:
 
 
 def test_the_table_has_whatever_is_replaced():
-    known = {name.rpartition(".")[2] for table in (MEGATRON, VLLM) for wanted in table.values() for name in wanted}
+    every = (name for table in (MEGATRON, VLLM) for wanted in table.values() for name in wanted)
+    known = {part for name in every for part in name.split(".")}
     found = {name for file in (Path(__file__).parents[2] / "megarl" / "platform").glob("*.py") for name in replaced(file)}
     assert {"layers.linear_with_grad_accumulation_and_async_allreduce", "CheckpointWithoutOutput.__init__"} <= found
     # what a subclass gets from its base, and is replaced in it
