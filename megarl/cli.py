@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from megarl import __version__, launcher
-from megarl.errors import BadInput, RunFailed
+from megarl.errors import EXIT_CODES, BadInput, RunFailed
+from megarl.secrets import masked
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Reinforcement learning of Mixture-of-Experts language models: Megatron-core and vLLM in one torchrun.",
+    epilog=EXIT_CODES,
 )
 verify_app = typer.Typer(help="Compare what two engines, layouts or files should agree on.")
 app.add_typer(verify_app, name="verify")
@@ -43,13 +45,13 @@ Nproc = Annotated[
 
 
 def main() -> None:
-    """Run a command and exit: 0 done, 1 ran and failed, 2 bad input; errors are one line on stderr."""
+    """Run a command and exit with one of `EXIT_CODES`; errors are one line on stderr."""
     try:
         code = app(standalone_mode=False, prog_name="megarl") or 0
     except BadInput as e:
         code = _fail(str(e), 2)
     except RunFailed as e:
-        code = _fail(str(e), 1)
+        code = _fail(_placed(str(e)), 1)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -71,7 +73,7 @@ def main() -> None:
 
 def _fail(line: str, code: int) -> int:
     """Say it once, where a person sees it: through the launcher, or on stderr."""
-    line = " ".join(line.split())
+    line = masked(" ".join(line.split()))
     launcher.report_failure(line, code)
     who = f"rank {os.environ['RANK']}: " if launcher.is_rank() else ""
     print(f"error: {who}{line}", file=launcher.error_stream(), flush=True)
@@ -86,14 +88,25 @@ def _fail_usage(error: Any) -> int:
 
 
 def _fail_unexpectedly(error: Exception) -> int:
-    text = "".join(traceback.format_exception(error))
+    text = masked("".join(traceback.format_exception(error)))
     line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if launcher.is_rank():
         print(text, file=sys.stderr, flush=True)
-        return _fail(line, 1)
+        return _fail(_placed(line, error), 1)
     with tempfile.NamedTemporaryFile("w", prefix="megarl-", suffix=".log", delete=False) as log:
         log.write(text)
     return _fail(f"{line} (traceback: {log.name})", 1)
+
+
+def _placed(line: str, error: Exception | None = None) -> str:
+    """An error's line with the step and the phase in which a rank of a run met it."""
+    watchdog = sys.modules.get("megarl.trainers.watchdog")
+    return line if watchdog is None else watchdog.placed(line, error)
+
+
+def _resumed(overrides: list[str] | None) -> list[str]:
+    """Overrides of a command that trains: ranks that were started again go on from the newest checkpoint."""
+    return [*(overrides or ()), *(["resume=auto"] if launcher.is_rank() and launcher.restarts() else [])]
 
 
 def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any]) -> None:
@@ -107,7 +120,10 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
         launcher.free_port()
         run = prepare_run_dir(config, part)
         command = [sys.executable, "-m", "megarl", *sys.argv[1:]]
-        code = launcher.launch(command, ranks, logs, config.log.grace_seconds)
+        log, again = config.log, config.parallel.max_restarts
+        code = launcher.launch(
+            command, ranks, logs, log.grace_seconds, warned_grace_seconds=log.warned_grace_seconds, max_restarts=again
+        )
         if code == 2:
             run.discard()
         raise typer.Exit(code)
@@ -115,19 +131,27 @@ def _run_ranks(config: Any, part: str, nproc: int | None, work: Callable[[], Any
     if not launcher.launched_locally() and os.environ["RANK"] == "0":
         prepare_run_dir(config, part)
     launcher.redirect_rank_output(logs / f"rank{os.environ['RANK']}.log")
-    _work(work)
+    launcher.end_with_torchrun()
+    from megarl.trainers.watchdog import Watchdog
+
+    Watchdog(part, logs, config.watchdog)
+    calm, warned = config.log.grace_seconds, config.log.warned_grace_seconds
+    _work(work, {signal.SIGINT: calm, signal.SIGTERM: warned, signal.SIGUSR1: warned})
 
 
-def _work(work: Callable[[], Any]) -> None:
+def _work(work: Callable[[], Any], grace: dict[int, float] | None = None) -> None:
     from megarl import platform
     from megarl.platform.signals import StopSignal
+    from megarl.trainers.watchdog import Watchdog
 
-    stop = StopSignal.install()
+    stop = StopSignal.install(grace)
     platform.setup()
     try:
         work()
     except (EOFError, OSError) as e:  # the command line library takes these for the end of its own input and output
         raise RuntimeError(f"{type(e).__name__}: {e}") from e
+    if Watchdog.current is not None:
+        Watchdog.current.close()
     if stop.requested:
         raise typer.Exit(stop.exit_code)
 
@@ -140,7 +164,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) ->
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="sft")
+    cfg = load_config(config, _resumed(overrides), require="sft")
 
     def work() -> None:
         from megarl.trainers import sft as trainer
@@ -158,7 +182,7 @@ def reward_model(config: ConfigFile, overrides: Overrides = None, nproc: Nproc =
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="reward_model")
+    cfg = load_config(config, _resumed(overrides), require="reward_model")
 
     def work() -> None:
         from megarl.trainers import reward_model as trainer
@@ -184,7 +208,7 @@ def train(
     """
     from megarl.config import load_config
 
-    cfg = load_config(config, overrides or (), require="rl")
+    cfg = load_config(config, _resumed(overrides), require="rl")
     _check_reward(cfg)
     if from_rollouts is not None and not from_rollouts.exists():
         raise BadInput(f"--from-rollouts {from_rollouts}: no such folder; give the rollouts/ folder of a run")
@@ -352,6 +376,30 @@ def conversion_rank(folder: Path, name: str) -> None:
     _work(work)
 
 
+@verify_app.command(name="resume")
+def verify_resume(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each part; the run is resumed after each.")] = 3,
+    nproc: Nproc = None,
+) -> None:
+    """Run every part of the project with and without a stop after each step, on small batches: every bit must agree.
+
+    Weights, optimizer, random generators, data position, metrics and trajectories. Exit code 1 on a difference.
+
+    Example: [bold]megarl verify resume configs/cpu/quickstart.yaml rl.algorithm.preset=dapo[/bold]
+    """
+    from megarl.config import load_config
+
+    if launcher.is_rank():
+        raise BadInput("verify resume starts its own ranks: run it without torchrun")
+    given = [*(overrides or ()), *([f"parallel.nproc={nproc}"] if nproc else [])]
+    cfg = load_config(config, given, require="model")
+    from megarl.verify import resume
+
+    resume.verify_resume(cfg, steps)
+
+
 @verify_app.command(name="algorithms")
 def verify_algorithms(
     vectors: Annotated[
@@ -460,6 +508,48 @@ def _degrees(text: str) -> tuple[Any, int]:
         given[name] = int(value)
     parallel = Parallel(**given)
     return parallel, math.lcm(parallel.tp * parallel.pp, parallel.etp * parallel.ep * parallel.pp)
+
+
+@app.command()
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="RUN_DIR/rl/failed/step_NNNNNN_rankR.safetensors.", show_default=False),
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Micro-batches of an optimizer step that failed, alone: loss, gradient norm, and the first tensor not finite.
+
+    With the run's config and its newest checkpoint before that step, in one process. Exit code 1 when one is not finite.
+
+    Example: [bold]megarl replay runs/quickstart/rl/failed/step_000012_rank1.safetensors[/bold]
+    """
+    import shutil
+
+    from megarl.config import load_config
+
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; give one of RUN_DIR/rl/failed/")
+    part = file.absolute().parent.parent
+    if part.name not in ("sft", "reward_model", "rl") or not (part.parent / "config.yaml").is_file():
+        raise BadInput(f"{file}: not in RUN_DIR/rl/failed/ of a run with its config.yaml; leave it where it was written")
+    cfg = load_config(part.parent / "config.yaml", [*(overrides or ()), f"run_dir={part.parent}"], require=part.name)
+    if not launcher.is_rank():
+        logs = Path(tempfile.mkdtemp(prefix="megarl-replay-"))
+        code = launcher.launch([sys.executable, "-m", "megarl", *sys.argv[1:]], 1, logs, 8)
+        if code in (0, 2):
+            shutil.rmtree(logs)
+        raise typer.Exit(code)
+
+    def work() -> None:
+        from megarl.trainers.replay import replay as run_again
+
+        result = run_again(cfg, file.absolute())
+        print("\n".join(result.lines()), file=launcher.terminal())
+        if result.first is not None:
+            raise RunFailed(f"{file}: the first tensor that is not finite is {result.first}")
+
+    _work(work)
 
 
 @app.command()

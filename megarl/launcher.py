@@ -3,20 +3,23 @@
 The launcher is a small process without torch. Every rank is a session of its own, so that Ctrl-C reaches only the
 launcher, which forwards it. Ranks die with the launcher (PR_SET_PDEATHSIG), and a guard process, which waits for the
 end of a pipe that the launcher holds, then kills what the ranks had started: their process groups, and whatever has
-the job's mark in its environment.
+the job's mark in its environment. Temporary files of the ranks are in a folder of the job's own, which goes with it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,13 +31,14 @@ from typing import TextIO
 from megarl.errors import BadInput
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINAL_FD, REPORT_FD, JOB = "MEGARL_TERMINAL_FD", "MEGARL_REPORT_FD", "MEGARL_JOB"
 ERROR_FD = "MEGARL_ERROR_FD"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own name
 
 GUARD = """
-import glob, os, signal, sys
-job, *groups = sys.stdin.read().split()
+import glob, os, shutil, signal, sys
+scratch, job, *groups = sys.stdin.read().split()
 if "done" in groups:
     sys.exit()
 for group in groups:
@@ -49,6 +53,7 @@ for environ in glob.glob("/proc/[0-9]*/environ"):
                 os.kill(int(environ.split("/")[2]), signal.SIGKILL)
     except OSError:
         pass
+shutil.rmtree(bytes.fromhex(scratch).decode(), ignore_errors=True)
 """
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,19 +69,41 @@ def launched_locally() -> bool:
     return REPORT_FD in os.environ
 
 
-def launch(command: Sequence[str], nproc: int, log_dir: Path, grace_seconds: float, env: Mapping[str, str] = {}) -> int:
+def restarts() -> int:
+    """How often the ranks of this job have been started again after a fault, by `launch` or torchrun."""
+    return int(os.environ.get(RESTARTS, "0"))
+
+
+def launch(
+    command: Sequence[str],
+    nproc: int,
+    log_dir: Path,
+    grace_seconds: float,
+    env: Mapping[str, str] = {},
+    warned_grace_seconds: float | None = None,
+    max_restarts: int = 0,
+) -> int:
     """Run `command` as `nproc` local ranks and return the job's exit code.
 
     Output of rank N goes to `log_dir/rank{N}.log`; rank 0 also gets the number of a descriptor of this process's stdout
     in MEGARL_TERMINAL_FD. `env` is added to every rank's environment.
 
     0: all ranks ended well. 130 (143, 129): stopped by Ctrl-C (SIGTERM, SIGHUP): forwarded to the ranks, which have
-    `grace_seconds` to end by themselves; a second signal ends them at once. Otherwise the exit code of the rank that
-    failed first, with one line on stderr that names it, its error and its log; the others get SIGTERM and the same
-    grace. Whatever happens, no process of the job is left when this returns.
+    `grace_seconds` to end by themselves, `warned_grace_seconds` for every signal but SIGINT; a second signal ends them at
+    once. Otherwise the exit code of the rank that failed first, with one line on stderr that names it, its step and
+    phase, its error and its log; the others get SIGTERM and `grace_seconds`. Then all ranks are started again, at most
+    `max_restarts` times, unless the input was bad. Whatever happens, no process and no temporary file of the job is left
+    when this returns.
     Raises `BadInput` when there is no free port or the logs cannot be written.
     """
-    return _Job(command, nproc, log_dir, grace_seconds, env).run()
+    warned = grace_seconds if warned_grace_seconds is None else warned_grace_seconds
+    for restart in range(max_restarts + 1):
+        job = _Job(command, nproc, log_dir, grace_seconds, warned, {**env, RESTARTS: str(restart)})
+        code = job.run()
+        if code in (0, 2) or job.stopped_by is not None or restart == max_restarts:
+            break
+        print(f"starting the ranks again ({restart + 1} of {max_restarts})", file=sys.stderr, flush=True)
+    return code
 
 
 def free_port() -> int:
@@ -156,6 +183,34 @@ def report_failure(error: str, code: int) -> None:
             os.write(int(os.environ[REPORT_FD]), line.encode())
 
 
+class Place:
+    """Where in its work a rank is, as `rl step 7, update`: kept in a file that outlives the rank, however that ends.
+
+    A change is a copy of `SIZE` bytes into mapped memory.
+    """
+
+    SIZE = 128
+
+    def __init__(self, log_dir: Path, rank: int) -> None:
+        with open(self.path(log_dir, rank), "wb+") as file:
+            file.truncate(self.SIZE)
+            self._memory = mmap.mmap(file.fileno(), self.SIZE)
+
+    @staticmethod
+    def path(log_dir: Path, rank: int) -> Path:
+        return log_dir / f"rank{rank}.place"
+
+    @classmethod
+    def read(cls, log_dir: Path, rank: int) -> str:
+        """Where rank `rank` is, or was last; empty when it never said."""
+        with suppress(OSError):
+            return cls.path(log_dir, rank).read_bytes().rstrip(b"\0").decode(errors="replace")
+        return ""
+
+    def write(self, where: str) -> None:
+        self._memory[:] = where.encode()[: self.SIZE].ljust(self.SIZE, b"\0")
+
+
 @dataclass
 class _Rank:
     number: int
@@ -171,6 +226,7 @@ class _Job:
     nproc: int
     log_dir: Path
     grace_seconds: float
+    warned_grace_seconds: float
     env: Mapping[str, str]
     ranks: list[_Rank] = field(default_factory=list)
     stopped_by: int | None = None  # the first signal that reached the launcher
@@ -188,7 +244,8 @@ class _Job:
         self.guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD], stdin=subprocess.PIPE,
                                       start_new_session=True, text=True)  # fmt: skip
         self.mark = f"{JOB}={uuid.uuid4().hex}"
-        self.guard.stdin.write(f"{self.mark} ")
+        self.scratch = tempfile.mkdtemp(prefix="megarl-")
+        self.guard.stdin.write(f"{self.scratch.encode().hex()} {self.mark} ")
         self.guard.stdin.flush()
         try:
             with selectors.DefaultSelector() as selector:
@@ -208,6 +265,8 @@ class _Job:
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             logs = [open(self.log_dir / f"rank{n}.log", "ab") for n in range(self.nproc)]  # noqa: SIM115
+            for number in range(self.nproc):
+                Place.path(self.log_dir, number).unlink(missing_ok=True)
         except OSError as e:
             raise BadInput(f"{self.log_dir}: cannot be written ({e.strerror}); set another run_dir") from None
         parent = os.getpid()
@@ -242,6 +301,8 @@ class _Job:
             "GLOO_SOCKET_IFNAME": "lo",  # whatever the host name or a VPN says
             "NCCL_SOCKET_IFNAME": "lo",
             "PYTHONUNBUFFERED": "1",
+            "TMPDIR": self.scratch,
+            "TORCHINDUCTOR_CACHE_DIR": env.get("TORCHINDUCTOR_CACHE_DIR", _compile_cache()),
             JOB: self.mark.partition("=")[2],
             REPORT_FD: str(self.report_end),
             TERMINAL_FD: str(screen) if number == 0 else "",
@@ -262,7 +323,7 @@ class _Job:
             for number in received:
                 self._on_signal(number)
             if self.failed and self.deadline is None:
-                self._ask_to_stop(signal.SIGTERM)
+                self._ask_to_stop(signal.SIGTERM, self.grace_seconds)
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self._kill_all()
 
@@ -275,10 +336,11 @@ class _Job:
             print(f"stopping at the end of this step, or in {self.grace_seconds:g} s; Ctrl-C again: at once",
                   file=sys.stderr, flush=True)  # fmt: skip
         if self.deadline is None:
-            self._ask_to_stop(signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
+            grace = self.grace_seconds if number == signal.SIGINT else self.warned_grace_seconds
+            self._ask_to_stop(signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number), grace)
 
-    def _ask_to_stop(self, number: signal.Signals) -> None:
-        self.deadline = time.monotonic() + self.grace_seconds
+    def _ask_to_stop(self, number: signal.Signals, grace: float) -> None:
+        self.deadline = time.monotonic() + grace
         for rank in self.ranks:
             if rank.code is None:
                 rank.process.send_signal(number)
@@ -304,6 +366,7 @@ class _Job:
         with suppress(BrokenPipeError):
             self.guard.communicate("done")
         os.close(self.report_end)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _verdict(self) -> int:
         with os.fdopen(self.reports, "rb") as stream:
@@ -320,17 +383,30 @@ class _Job:
             print(f"error: {who}{first['error']}{where}", file=sys.stderr, flush=True)
             return first["code"]
         rank = (killed or self.failed)[0]
+        where = Place.read(self.log_dir, rank.number)
         cause = f"died by {signal.Signals(-rank.code).name}" if killed else _last_line(rank.log_path)
+        cause += f" in {where}" if where else ""
         hint = " (out of memory?)" if rank.code == -signal.SIGKILL else ""
         print(f"error: rank {rank.number}: {cause}{hint} (log: {rank.log_path})", file=sys.stderr, flush=True)
         return 1 if killed else rank.code
 
 
+def end_with_torchrun() -> None:
+    """In a rank that torchrun started: it does not outlive torchrun, however that ends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not launched_locally():
+        _die_with(os.getppid())
+
+
 def _die_with(parent: int) -> None:
-    """In the child, before exec: SIGKILL when the launcher ends, also when it ended before this call."""
+    """SIGKILL for this process when its parent ends, also when it ended before this call."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _compile_cache() -> str:
+    """Where PyTorch keeps what it compiled, without a TMPDIR that goes with the job."""
+    return str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
 
 
 def _children(pid: int) -> list[int]:
@@ -347,4 +423,6 @@ def _last_line(log_path: Path) -> str:
     with open(log_path, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+    if lines and lines[-1].startswith('File "') and any(line.startswith("Timeout (") for line in lines):
+        return "hung, and its Python interpreter with it; its stack is in the log"
     return next((line for line in reversed(lines) if line), "ended without a word")

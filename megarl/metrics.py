@@ -474,10 +474,13 @@ def cut_jsonl(path: Path, last_step: int) -> None:
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise BadInput(f"{path}:{number}: not a JSON object; delete the line") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield row
+        elif number < len(lines):
+            raise BadInput(f"{path}:{number}: not a JSON object; delete the line")

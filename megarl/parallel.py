@@ -154,9 +154,19 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says true: how ranks agree to stop, at a step boundary."""
-        box = torch.tensor([int(flag)])
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks."""
+        box = torch.tensor([number])
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.object_group)
-        return bool(box.item())
+        return int(box.item())
+
+    def total(self, number: float) -> float:
+        """The sum of all ranks' `number`, in float64."""
+        box = torch.tensor([number], dtype=torch.float64)
+        dist.all_reduce(box, group=self.object_group)
+        return float(box.item())
 
 
 class GroupSum:

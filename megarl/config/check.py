@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
-from megarl.config.schema import Config, DataSource
+from megarl.config.optimizers import check_optimizers
+from megarl.config.schema import PHASES, Config, DataSource
 from megarl.errors import BadInput
+from megarl.secrets import refuse_literals
 
 Command = Literal["sft", "reward_model", "rl", "eval", "sync", "routing", "model"]
 
-REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "http", "model", "weighted")
+REWARD_TYPES = ("exact_match", "regex", "math_verify", "reasoning_gym", "code", "http", "model", "weighted")
 FP8_BLOCK = 128
 NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is right
 
@@ -23,7 +25,9 @@ NO_VERDICT = ("model", "weighted")  # a number, but not whether an answer is rig
 def check_config(config: Config, require: Command | None = None) -> None:
     """Raise `BadInput` for the first thing that cannot work; `require` adds what that command reads."""
     _check_software(config, require)
+    _check_watch(config)
     _check_sections(config, require)
+    check_optimizers(config)
     _check_sources(config, must_exist=require)
     _check_rewards(config, require)
     shapes = _shapes(config, require)
@@ -32,6 +36,15 @@ def check_config(config: Config, require: Command | None = None) -> None:
         _check_fp8_rollout(config, shapes[0].config)
         _check_lengths(config, shapes[0].config["max_position_embeddings"])
     check_layout(config, shapes, config.parallel.nproc)
+
+
+def _check_watch(config: Config) -> None:
+    for name in config.watchdog.phases:
+        if name not in PHASES:
+            raise BadInput(f"watchdog.phases.{name}: no such phase; set one of {', '.join(PHASES)}")
+    for name in ("kl", "entropy_loss", "held_out_loss"):
+        if getattr(config.alarms, name).action == "skip":
+            raise BadInput(f"alarms.{name}.action = skip: it is known after the update; set warn or stop")
 
 
 def check_world(config: Config, world_size: int, require: Command | None = None) -> None:
@@ -96,10 +109,10 @@ def model_shape(config: Config, require: Command | None = None) -> Mapping[str, 
 def _read_config_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({str(e).splitlines()[0]}); restore the checkpoint") from None
     family = found.get("model_type") if isinstance(found, dict) else None
-    if family not in families.FAMILIES:
+    if not isinstance(family, str) or family not in families.FAMILIES:
         raise BadInput(f"{file}: model_type = {family!r} is not supported; use one of {', '.join(families.FAMILIES)}")
     found = families.normalised(found)
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
@@ -115,6 +128,10 @@ def _read_config_json(file: Path) -> dict[str, Any]:
 def _check_software(config: Config, require: Command | None) -> None:
     if config.model.dtype == "float64" and require in ("rl", "eval", "sync", "routing"):
         raise BadInput("model.dtype = 'float64': vLLM has no float64 kernels; set float32 or bfloat16")
+    if config.model.dtype == "float64" and config.model.head_dtype is not None:
+        raise BadInput(
+            f"model.head_dtype = {config.model.head_dtype!r}: below model.dtype = 'float64'; set model.head_dtype: none"
+        )
     if config.model.layers == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise BadInput("model.layers = 'te': Transformer Engine is not installed; set model.layers: torch (or auto)")
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -157,12 +174,6 @@ def _check_sections(config: Config, require: Command | None) -> None:
                 "sequences "
                 f"of a rollout ({rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples); set {divisors[-1]}"
             )
-    for name in ("sft", "reward_model", "rl"):
-        section = getattr(config, name)
-        if section is not None and max(section.optimizer.betas) >= 1:
-            raise BadInput(
-                f"{name}.optimizer.betas = {list(section.optimizer.betas)}: each must be below 1; set [0.9, 0.95]"
-            )
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Command, DataSource]]:
@@ -203,6 +214,8 @@ def _check_rewards(config: Config, require: Command | None) -> None:
     for key, reward in (("reward", config.reward), *((f"reward.named.{k}", r) for k, r in config.reward.named.items())):
         if reward.type not in REWARD_TYPES and ":" not in reward.type:
             raise BadInput(f"{key}.type = {reward.type!r}: set one of {', '.join(REWARD_TYPES)}, or module:function")
+        if reward.type == "http":
+            refuse_literals(reward.params, f"{key}.params")
         if reward is not config.reward and reward.named:
             raise BadInput(f"{key}.named: named rewards cannot nest; move its entries to reward.named")
         if reward.type == "model" and require == "rl":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megarl.bounds import TooMuch, bounded
 from megarl.config.check import Command, check_config
 from megarl.config.schema import Config, Section, may_be_unset
 from megarl.errors import BadInput
+from megarl.secrets import VARIABLE
+
+LARGEST_FILE = 4 << 20  # bytes
+MOST_NODES = 100_000
+READ_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,11 @@ def resolve(path: str | Path, overrides: Sequence[str] = (), require: Command | 
         for old in [k for k in origins if k.startswith(key + ".")]:
             del origins[old]
         origins |= {leaf: "override" for leaf, _ in _leaves(OmegaConf.to_container(tree), only=key)}
+    _refuse_secrets(tree)
     try:
-        data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as e:
+        with bounded(READ_SECONDS):
+            data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError, TooMuch) as e:
         raise BadInput(f"{path}: {_first_line(e)}; define the value it refers to") from None
     try:
         config = Config.model_validate(data)
@@ -100,7 +109,9 @@ def _origin(key: str, origins: dict[str, str]) -> str:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        tree = OmegaConf.load(path)
+        _check_size(path)
+        with bounded(READ_SECONDS):
+            tree = OmegaConf.load(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give the path of a YAML configuration") from None
     except yaml.YAMLError as e:
@@ -109,11 +120,39 @@ def _read_yaml(path: Path) -> Any:
         raise BadInput(
             f"{where}: not valid YAML ({getattr(e, 'problem', None) or _first_line(e)}); fix that line"
         ) from None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as e:
+    except (OSError, ValueError, TypeError, RecursionError, AttributeError, TooMuch, OmegaConfBaseException) as e:
         raise BadInput(f"{path}: cannot be read ({_first_line(e)}); give a YAML configuration") from None
     if not OmegaConf.is_dict(tree):
         raise BadInput(f"{path}: holds no `key: value` pairs; start from a file in configs/")
     return tree
+
+
+def _check_size(path: Path) -> None:
+    """Raises BadInput for a file whose aliases make it larger than any configuration: YAML can double itself in a line."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise BadInput(f"{path}: {path.stat().st_size} bytes are no configuration; start from a file in configs/")
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_NODES + 1  # inside itself it would have no end
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            pairs = (part for item in parts for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size, pairs))
+        return sizes[id(node)]
+
+    with path.open(encoding="utf-8") as stream:
+        root = yaml.compose(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if root is not None and size(root) > MOST_NODES:
+        raise BadInput(f"{path}: its aliases (*name) repeat more than {MOST_NODES} values; write them out")
+
+
+def _refuse_secrets(tree: Any) -> None:
+    """Raises BadInput for `${oc.env:NAME}` of a secret: its value would be in everything that is saved."""
+    for key, value in _leaves(OmegaConf.to_container(tree)):
+        for name in re.findall(r"oc\.env:\s*([^},\s]+)", str(value)):
+            if VARIABLE.search(name):
+                raise BadInput(f"{key} = {value!r}: would be saved with the run; write ${name} where a secret may be given")
 
 
 def _apply_override(tree: Any, override: str) -> str:

@@ -116,9 +116,13 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Learner and rollout precision; float64 is for comparisons on a learner alone (`megarl verify layouts`)."""
     layers: Literal["auto", "torch", "te"] = "auto"
-    """Layer provider: PyTorch, Transformer Engine, or whichever is installed."""
+    """Layer provider: PyTorch, Transformer Engine, or Transformer Engine where it is installed and takes the precision;
+    `megarl doctor` says which and why. Checkpoints are the same."""
     router_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the router's matrix product and softmax."""
+    head_dtype: Literal["float32"] | None = None
+    """Precision of the output layer's product, in the learner and in vLLM; none: `dtype`. For bfloat16 models: their logits
+    have 8 bits otherwise."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 recipe of the layers' matrix products in the learner; embeddings, routers, attention scores and the output layer
     stay in `dtype`. Rounded to FP8 and multiplied in float32 where the chip has no FP8 product of the kind."""
@@ -176,11 +180,20 @@ class Parallel(Section):
     """Gather updated parameters while the next forward pass runs; needs the two above."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A collective that takes longer ends the job."""
+    max_restarts: NonNegative = 0
+    """How often local ranks are started again, from the newest checkpoint, when one has failed (`torchrun --max-restarts`
+    otherwise)."""
 
 
 class Optimizer(Section):
-    type: Literal["adam", "sgd"] = "adam"
-    """Adam with decoupled weight decay, or plain gradient descent."""
+    type: Literal["adam", "sgd", "muon"] = "adam"
+    """Adam, plain gradient descent, or Megatron's Muon: for matrices outside experts and embeddings, with Adam for the rest,
+    not sharded; needs emerging_optimizers."""
+    implementation: Literal["auto", "te", "apex", "fused", "foreach", "for-loop"] = "auto"
+    """Whose Adam: Transformer Engine's, NVIDIA Apex's, or PyTorch's in one of its three ways; auto: on CUDA the first that is
+    installed of te and apex, otherwise fused."""
+    cpu_offload: bool = False
+    """Main weights and moments stay on the host for good and are stepped there, by PyTorch's fused Adam."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.0
@@ -194,7 +207,15 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay (norms and biases excluded)."""
+    """Weight decay (norms and biases excluded)."""
+    decoupled_weight_decay: bool = True
+    """Weight decay beside the gradient step (AdamW); false: added to the gradient (L2)."""
+    muon_momentum: Fraction = 0.95
+    """Muon's momentum."""
+    muon_ns_steps: Positive = 5
+    """Newton-Schulz iterations of Muon's orthogonalisation."""
+    muon_scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """How Muon scales an update by the matrix's shape."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
@@ -417,16 +438,25 @@ class Rollout(Section):
 
 class Reward(Section):
     type: str = "exact_match"
-    """exact_match, regex, math_verify, reasoning_gym, http, `module:function`, model (a reward model's score of prompt
+    """exact_match, regex, math_verify, reasoning_gym, code, http, `module:function`, model (a reward model's score of prompt
     and response), or weighted (a sum of named rewards)."""
     params: dict[str, Any] = {}
-    """Passed to the reward (pattern, url, ...); of model: `path`; of weighted: `weights`, {name of a part: factor}."""
+    """Passed to the reward (pattern, url, ...); of model: `path`; of weighted: `weights`, {name of a part: factor}.
+    `$NAME` in url and headers of http is read from the environment when it is used, and never saved."""
     named: dict[str, Reward] = {}
     """Rewards that rows can choose by name, and the parts of a weighted one."""
     workers: Positive = 1
     """Scoring processes per rank."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 10
     """Hard limit for one response; the worker is killed and replaced."""
+    cpu_seconds: Positive = 60
+    """Processor time of one response, in each process that scores it."""
+    memory_gib: Annotated[float, Field(gt=0)] = 4.0
+    """Memory of one worker with all it has started; more ends the worker, and the response has failed."""
+    max_processes: Positive = 256
+    """Processes and threads of one worker with all it has started; what a response has started ends with it."""
+    network: bool = False
+    """`module:function` may open connections and sees the environment's tokens. http always may, programs of code never."""
     failed_score: float = 0.0
     """Score of a response whose reward crashed or timed out."""
     max_failed_fraction: Fraction = 0.2
@@ -450,7 +480,12 @@ class Checkpoint(Section):
     every: NonNegative = 50
     """Steps between checkpoints; 0 = only at the end."""
     keep: Positive = 2
-    """How many are kept."""
+    """How many are kept; the newest whole one always is."""
+    async_save: bool = False
+    """Copy what is saved, at the cost of its memory on the host, and write it while the run goes on; a failure ends the run
+    at the next step boundary."""
+    stop_after: Positive | None = None
+    """Steps after which a start of a run saves and ends, for another start with resume=auto to go on; none: it goes on."""
 
 
 class Export(Section):
@@ -458,6 +493,22 @@ class Export(Section):
     """Steps between Hugging Face exports; 0 = only at the end."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the exported weights; none: the learner's."""
+
+
+class Memory(Section):
+    """RL's two phases on one device: what leaves it, for the host, while vLLM samples, and how vLLM sleeps while the learner
+    works. On a CPU the host is the device: only gradients give memory back, and vLLM keeps its own."""
+
+    optimizer_offload: bool = True
+    """Main weights and moments of policy and critic are on the device during the update only."""
+    grad_offload: bool | None = None
+    """So are gradient buffers; they are freed, not copied. By default so on a device of its own; on a CPU getting the memory
+    again costs more than it frees."""
+    param_offload: bool = False
+    """The learner's weights are on the host while vLLM samples; a weight sync reads them there, a layer at a time."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """Of vLLM while the learner works: 2 drops weights and key/value cache (a weight sync writes all weights anyway), 1 keeps
+    the weights on the host, 0 is awake."""
 
 
 class Log(Section):
@@ -475,6 +526,58 @@ class Log(Section):
     """Steps recorded with the PyTorch profiler into profile/."""
     grace_seconds: Annotated[float, Field(ge=0)] = 8
     """How long Ctrl-C waits for the end of the step."""
+    warned_grace_seconds: Annotated[float, Field(ge=0)] = 25
+    """How long SIGTERM or SIGUSR1 waits for it: the warning of a scheduler, which kills after some time of its own."""
+
+
+PHASES = (
+    "start", "between_phases", "data", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "offload",
+    "update", "sync", "eval", "validation", "checkpoint", "export",
+)  # fmt: skip
+
+
+class Watchdog(Section):
+    """Ends a job that hangs: every rank's stack goes into its log, and one line says where each of them was."""
+
+    seconds: Annotated[float, Field(ge=0)] = 3600
+    """How long a rank may be in one phase of a step, or between two; 0: as long as it takes."""
+    phases: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Limits of single phases, by the names of the `time/` metrics, `start` or `between_phases`: {generate: 7200}."""
+
+
+class Alarm(Section):
+    above: Annotated[float, Field(gt=0)] | None = None
+    """The largest figure that is no alarm; none: there is no such alarm."""
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """warn: a line; skip: leave the weights as they are and go on; stop: end the run, also with nothing changed where the
+    figure is known before the update."""
+
+
+class Alarms(Section):
+    """Figures that say that something goes wrong, decided alike on all ranks; each one raised is 1 in `alarms/<name>`."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run, or leave this optimizer step out. Its micro-batches are kept in
+    failed/ for `megarl replay`."""
+    max_skips: NonNegative = 10
+    """Optimizer steps that may be left out, in 100 steps of the run; one more ends it."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """Past steps whose median a figure is compared with; until there are so many, nothing is."""
+    grad_norm: Alarm = Alarm(above=30)
+    """Gradient norm of an optimizer step, over the median."""
+    loss: Alarm = Alarm(above=5)
+    """Loss of SFT, reward model or critic, over the median (a policy's loss is around 0, and says nothing)."""
+    length: Alarm = Alarm(above=4)
+    """Mean length of the responses of a step, over the median."""
+    gap: Alarm = Alarm(above=0.2)
+    """Mean |learner - engine| log-prob of the sampled tokens, in nats."""
+    kl: Alarm = Alarm(above=2)
+    """KL to the reference model, in nats a token. warn or stop: it is known after the update."""
+    entropy_loss: Alarm = Alarm(above=0.98)
+    """Share that the entropy has lost since the first `window` steps. warn or stop."""
+    held_out_loss: Alarm = Alarm(above=0.1)
+    """Accuracy lost between two evaluations while the mean reward of the steps rose: a sign of reward hacking. warn or
+    stop."""
 
 
 class Study(Section):
@@ -523,8 +626,14 @@ class Config(Section):
     """Distributed checkpoints."""
     export: Export = Export()
     """Hugging Face exports."""
+    memory: Memory = Memory()
+    """What is on the device in which phase of RL."""
     log: Log = Log()
     """What is written beside the console."""
+    watchdog: Watchdog = Watchdog()
+    """The end of a run that hangs."""
+    alarms: Alarms = Alarms()
+    """Numbers gone wrong."""
     study: Study | None = None
     """Comparisons over several runs (`megarl study`); none: as they are by default."""
 

@@ -17,16 +17,33 @@ from megarl.errors import BadInput
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROVENANCE = "megarl_generate.json"  # the settings a checkpoint was generated from
 MANIFEST = ".megarl_convert.json"  # in a temporary folder: what it will be
+LARGEST_JSON = 256 << 20  # bytes
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises BadInput when it is missing or malformed."""
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises BadInput when a link leads from a checkpoint folder's file to somewhere else.
+
+    A snapshot of the Hugging Face cache may lead to the blobs beside it.
+    """
     try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, or a name that no file can have
+        raise BadInput(f"{str(path)!r}: no such file ({one_line(error)}); download the checkpoint again") from None
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    if not target.is_relative_to(root):
+        raise BadInput(f"{path}: leads to {target}, out of its folder; put the file itself there")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises BadInput when it is missing, malformed or larger than any such file."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise BadInput(f"{path}: {path.stat().st_size} bytes, more than {LARGEST_JSON}; {what}")
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable as JSON ({one_line(error)}); {what}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: must be a JSON object; {what}")
@@ -158,6 +175,7 @@ def copy_side_files(source: str | Path, folder: Path) -> None:
     Folders in it too, but hidden ones. Nothing of it is run.
     """
     for entry in sorted(Path(source).iterdir()):
+        check_inside(Path(source), entry)
         if entry.is_dir() and not entry.name.startswith("."):
             (folder / entry.name).mkdir()
             copy_side_files(entry, folder / entry.name)

@@ -16,6 +16,7 @@ from megarl.convert.family import LAYER, OUTPUT
 from megarl.convert.hf_io import read_config
 from megarl.convert.reader import HFReader, check_names
 from megarl.convert.rules import Rule, Shard
+from megarl.convert.stacks import Stack, in_table_names, views
 from megarl.errors import BadInput, RunFailed
 from megarl.models.spec import ModelSpec
 
@@ -28,9 +29,13 @@ def read_spec(path: str | Path) -> ModelSpec:
     """
     where = str(Path(path) / "config.json")
     config = read_config(path)
-    encoding_of(config, where)  # how the weights are stored is no part of the architecture
-    config.pop(QUANTISED, None)
-    return family(config.get("model_type"), where).read_config(config, where)
+    try:
+        encoding_of(config, where)  # how the weights are stored is no part of the architecture
+        config.pop(QUANTISED, None)
+        return family(config.get("model_type"), where).read_config(config, where)
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError, ArithmeticError) as error:  # a value of a kind that
+        line = " ".join(str(error).split())[:200]  # no config.json has: text for a number, a list for an object
+        raise BadInput(f"{where}: malformed ({type(error).__name__}: {line}); restore the file") from None
 
 
 @torch.no_grad()
@@ -79,48 +84,50 @@ def open_weights(path: str | Path, spec: ModelSpec) -> HFReader:
 
 
 @torch.no_grad()
-def load_parameter(reader: HFReader, rule: Rule, spec: ModelSpec, shard: Shard, tensor: Tensor) -> None:
+def load_parameter(reader: HFReader, rule: Rule, spec: ModelSpec, shard: Shard, tensor: Tensor | Stack) -> None:
     """Fills one parameter of a rank, of shape `rule.local_shape`. Raises BadInput when the files do not fit."""
     regions = rule.regions(spec, shard)
     shapes = rule.hf_shapes(spec)
     for name in dict.fromkeys(region.hf_name for region in regions):  # of all experts, only this rank's
         reader.check(name, shapes[name])
-    if sum(tensor[region.local].numel() for region in regions) < tensor.numel():
+    found = [(*view, region.hf_name) for region in regions for view in views(region, tensor)]
+    if sum(view.numel() for view, _hf, _name in found) < tensor.numel():
         tensor.zero_()
-    for region in regions:
-        reader.read_into(region.of(tensor), region.hf_name, region.hf)
+    for view, hf, name in found:
+        reader.read_into(view, name, hf)
 
 
 def matched(
     chunks: list[nn.Module], spec: ModelSpec, gradients: bool = False
-) -> dict[str, tuple[Rule, Tensor]]:
+) -> dict[str, tuple[Rule, Tensor | Stack]]:
     """Every tensor of this rank's chunks that a checkpoint holds, with its rule, by its name with global layer numbers.
 
-    `gradients`: the main gradients of the parameters instead. Raises RunFailed for a parameter without a rule.
+    Names and shapes are the tables', whatever the layer provider. `gradients`: the main gradients of the parameters
+    instead. Raises RunFailed for a parameter without a rule.
     """
     rules = {rule.megatron: rule for block in family(spec.family).blocks(spec) for rule in block}
     out = {}
     for chunk in chunks:
-        for name, tensor, is_parameter in _named_tensors(chunk, gradients):
-            if name in rules:
-                out[name] = (rules[name], tensor)
-            elif is_parameter:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        parameters = [(name, p.main_grad if gradients else p.data) for name, p in chunk.named_parameters()]
+        for name, tensor in in_table_names(_numbered(parameters, numbers)):
+            if name not in rules:
                 raise RunFailed(f"conversion: no rule of the {spec.family} table names the parameter {name}")
+            out[name] = (rules[name], tensor)
+        buffers = [] if gradients else [(name, b) for name, b in chunk.named_buffers() if b is not None]
+        out |= {name: (rules[name], buffer) for name, buffer in _numbered(buffers, numbers) if name in rules}
     return out
 
 
-def _named_tensors(chunk: nn.Module, gradients: bool) -> Iterator[tuple[str, Tensor, bool]]:
-    """Parameters and buffers of one chunk (wrapped or not), or their gradients, named with global layer numbers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-    tensors = [(name, p.main_grad if gradients else p.data, True) for name, p in chunk.named_parameters()]
-    tensors += [(name, b, False) for name, b in chunk.named_buffers() if b is not None and not gradients]
-    for name, tensor, is_parameter in tensors:
+def _numbered(tensors: list[tuple[str, Tensor]], numbers: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """`numbers`: the global ones of a chunk's layers."""
+    for name, tensor in tensors:
         if name.startswith(LAYER):
             local, rest = name.removeprefix(LAYER).split(".", 1)
             name = f"{LAYER}{numbers[int(local)]}.{rest}"
-        yield name, tensor, is_parameter
+        yield name, tensor
 
 
 def validate_folder(path: str | Path) -> ModelSpec:

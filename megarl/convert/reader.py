@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarl.convert.encodings import Index, encoding_of
-from megarl.convert.hf_io import INDEX, SINGLE, one_line, read_config, read_json
+from megarl.convert.hf_io import INDEX, SINGLE, check_inside, one_line, read_config, read_json
 from megarl.errors import BadInput
 
 DTYPES = {
@@ -96,6 +96,7 @@ class HFReader:
 
     def _header(self, name: str) -> dict[str, Stored]:
         path = self.folder / name
+        check_inside(self.folder, path)
         try:
             with safe_open(path, framework="pt"):  # checks that header and size agree
                 pass
@@ -111,6 +112,8 @@ class HFReader:
         out = {}
         for tensor, entry in header.items():
             if tensor != "__metadata__":
+                if entry["dtype"] not in DTYPES:
+                    raise BadInput(f"{path}: {tensor} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are read")
                 first, last = entry["data_offsets"]
                 out[tensor] = Stored(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
         return out

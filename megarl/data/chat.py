@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megarl.bounds import TooMuch, bounded
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+LARGEST_ID = 1 << 24
+TOKENIZER_SECONDS = 120  # the largest tokenizers take two
+TEMPLATE_SECONDS, TEMPLATE_SECONDS_A_CHAT = 5.0, 0.01  # a hundred times what a long one takes
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -25,15 +32,40 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     if not Path(path).is_dir():
         raise BadInput(f"model.path: {path} is not a folder; set a Hugging Face checkpoint folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"{path}: no usable tokenizer: {_line(error)}; add its tokenizer.json") from None
+        _check_ids(Path(path))
+        with bounded(TOKENIZER_SECONDS, 4 << 30):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # anything: its files are others', and the Rust library panics on some
+        raise BadInput(
+            f"{path}: no usable tokenizer: {type(error).__name__}: {_line(error)}; add its tokenizer.json"
+        ) from None
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise BadInput(f"model.chat_template: {chat_template}: {_line(error)}; set a Jinja file") from None
     return tokenizer
+
+
+def _check_ids(folder: Path) -> None:
+    """Raises ValueError for an id that is none: the library makes room for all ids up to the largest, and aborts."""
+    ids: list[Any] = []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        parts = found if isinstance(found, dict) else {}
+        model, added = parts.get("model"), parts.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else []
+        ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        named = parts.get("added_tokens_decoder")
+        ids += [int(token) for token in named] if isinstance(named, dict) else []
+    for token in ids:
+        if type(token) is not int or not 0 <= token < LARGEST_ID:
+            raise ValueError(f"the token id {token!r:.40} is not within 0 .. {LARGEST_ID - 1}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -161,7 +193,10 @@ def _render(
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: the tokenizer has no chat template; set model.chat_template")
     try:
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation)
+        with bounded(TEMPLATE_SECONDS + TEMPLATE_SECONDS_A_CHAT * len(chats)):
+            return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation)
+    except TooMuch as error:
+        raise BadInput(f"{_origin(rows[0])}: the chat template fails: {error}; set model.chat_template") from None
     except Exception as error:  # Jinja, and whatever a template raises through it
         if len(chats) > 1:
             for chat, row in zip(chats, rows, strict=True):

@@ -135,6 +135,8 @@ def _prompt(
     required_field: RequiredField | None,
 ) -> Prompt:
     reward = row.get("reward") or source.reward
+    if not (reward is None or isinstance(reward, str)):
+        raise BadInput(f"{row.origin}: reward is {reward!r:.80}; set the name of one of reward.named")
     if required_field is not None:
         try:
             needed = required_field(reward)

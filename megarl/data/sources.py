@@ -81,7 +81,17 @@ def _jsonl(source: DataSource) -> Iterator[Row]:
                     raise BadInput(f"{origin}: not a JSON object ({error}); write one object a line") from None
                 if not isinstance(fields, dict):
                     raise BadInput(f"{origin}: {type(fields).__name__} instead of a JSON object; write one a line")
+                if b"\\u" in line and not _is_text(fields):
+                    raise BadInput(f"{origin}: half of a surrogate pair (\\ud8xx), which is no text; remove it")
                 yield Row(fields, origin)
+
+
+def _is_text(fields: dict[str, Any]) -> bool:
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(source: DataSource) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megarl import __version__
-from megarl.checkpoint import model_role
+from megarl.checkpoint import check_whole, model_role
 from megarl.config import load_config
 from megarl.config.schema import Model, Parallel
 from megarl.convert import family, read_spec
@@ -79,6 +79,7 @@ class _Job:
         model = model_of_checkpoint(self.source)
         side, spec = Path(model.path), read_spec(model.path)
         mesh = Mesh.build(self.parallel)
+        check_whole(self.source, mesh)
         role = model_role(self.source / SHARDS)
         spec = replace(spec, head="scalar" if role == "reward" else "lm")
         weights = checkpoint_weights(self.source / SHARDS, self._empty(spec, model, mesh), spec, role)
@@ -112,8 +113,9 @@ class _Job:
         problem = layout_problem(spec, self.parallel)
         if problem:
             raise BadInput(f"--parallel: {problem}; give other degrees")
+        # shards are the same from either layer provider, and Transformer Engine's want their device
         with WithoutMemory():
-            return build_model(spec, model, mesh, self.parallel)
+            return build_model(spec, model.model_copy(update={"layers": "torch"}), mesh, self.parallel)
 
     def _settings(self, to: str, spec: ModelSpec, read: dict[str, list[int]]) -> dict[str, Any]:
         """All that the bytes written depend on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,34 +12,96 @@ import torch.distributed as dist
 
 from megarl import platform
 from megarl.config.schema import Optimizer
+from megarl.errors import BadInput
+from megarl.platform.optimizers import FUSED, WAYS, fused_adam, muon_problem, use_adam
 
 platform.setup()
 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+HYBRID = {"cpu_optimizer_cls", "gpu_optimizer_cls", "offload_fraction", "param_update_in_fp32", "pin_cpu_grads"}
+HYBRID |= {"pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d", "bias_correction"}  # settings of the hybrid optimizer
 
 
 def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
-    """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16."""
+    """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16.
+
+    Raises BadInput when what it needs is not installed.
+    """
+    kind = adam_implementation(settings, dtype)
+    try:
+        use_adam(kind)
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"optimizer.implementation = {kind!r}: {error}; set auto") from error
     config = OptimizerConfig(
-        optimizer=settings.type,
+        optimizer="sgd" if settings.type == "sgd" else "adam",
         sgd_momentum=0.0,
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
+        decoupled_weight_decay=settings.decoupled_weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
+        muon_momentum=settings.muon_momentum,
+        muon_num_ns_steps=settings.muon_ns_steps,
+        muon_scale_mode=settings.muon_scale,
         clip_grad=settings.clip_grad,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=distributed,
+        optimizer_cpu_offload=settings.cpu_offload,
+        optimizer_offload_fraction=float(settings.cpu_offload),
+        # the hybrid optimizer has the main weights, and gradients reach it as this one's do
+        use_precision_aware_optimizer=settings.cpu_offload,
+        store_param_remainders=False,
+        overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
+        pin_cpu_grads=platform.name() == "cuda",
     )
-    optimizer = get_megatron_optimizer(config, chunks)
+    with torch.no_grad():  # shards of float32 parameters are then leaves, which the hybrid optimizer insists on
+        optimizer = _muon(config, chunks) if settings.type == "muon" else get_megatron_optimizer(config, chunks)
+    for part in _parts(optimizer):  # plain gradient descent has none, and Megatron calls it to load a checkpoint
+        part.init_state_fn = part.init_state_fn or (lambda *_: None)
+    for hybrid in _hybrid_optimizers(optimizer):
+        for group in hybrid.param_groups:  # a checkpoint's groups are those of any Adam, and hold no classes
+            for name in HYBRID & group.keys():
+                del group[name]
     for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            group["fused"] = True  # one pass over the weights instead of one for each operator
+        inner.defaults |= WAYS.get(kind, WAYS["fused"])  # the hybrid optimizer's are PyTorch's, whatever the kind
+    _set_ways(optimizer)
     return optimizer
+
+
+def adam_implementation(settings: Optimizer, dtype: torch.dtype) -> str:
+    """What `auto` stands for on this machine; other values as they are. Raises BadInput when it cannot be here."""
+    kind = settings.implementation
+    if kind not in FUSED and kind != "auto":
+        return kind
+    problem = None
+    if platform.name() != "cuda":
+        problem = "it has CUDA kernels only, and this machine has no CUDA device"
+    elif dtype is torch.float64:
+        problem = "it has no kernel for model.dtype = 'float64'"
+    if kind in FUSED:
+        if problem:
+            raise BadInput(f"optimizer.implementation = {kind!r}: {problem}; set auto or fused")
+        return kind
+    for name in [] if problem else FUSED:
+        with contextlib.suppress(ImportError):
+            fused_adam(name)
+            return name
+    return "fused"
+
+
+def _muon(config: OptimizerConfig, chunks: list[Any]) -> Any:
+    problem = muon_problem()
+    if problem:
+        raise BadInput(f"optimizer.type = 'muon': {problem}; otherwise set adam or sgd")
+    from megatron.core.optimizer.muon import get_megatron_muon_optimizer
+
+    return get_megatron_muon_optimizer(config, chunks)
 
 
 def build_schedule(settings: Optimizer, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
@@ -85,7 +148,8 @@ def clip_gradient(optimizer: Any, norm: float, largest: float) -> None:
     if largest <= 0 or scale >= 1:
         return
     for part in _parts(optimizer):
-        gradients = [p.grad for p in part.get_parameters() if p.grad is not None] if _has_parameters(part) else []
+        parameters = part.get_parameters() if _has_parameters(part) else []
+        gradients = [g for p in parameters if (g := getattr(p, "decoupled_grad", p.grad)) is not None]
         if gradients:
             torch._foreach_mul_(gradients, scale)
 
@@ -102,21 +166,44 @@ def _has_parameters(part: Any) -> bool:
 def init_state(optimizer: Any) -> None:
     """Give a fresh optimizer zero moments, so that a checkpoint can be loaded into it.
 
-    Megatron's own initialiser leaves out torch Adam's step count and then fails on it.
+    Megatron's own initialiser leaves out torch Adam's step count and then fails on it, or steps with random gradients.
     """
     for inner, p in _torch_parameters(optimizer):
         if not inner.state[p]:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             inner.state[p] |= {"step": torch.zeros(()), **moments}
+    for hybrid in _hybrid_optimizers(optimizer):
+        hybrid._sync_sub_optimizers_state_to_hdo()
 
 
-def separate_steps(optimizer: Any) -> None:
-    """After loading: one step count per parameter.
+def _set_ways(optimizer: Any) -> None:
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group |= {name: inner.defaults[name] for name in WAYS["fused"]}
+
+
+def after_loading(optimizer: Any) -> None:
+    """Settle what loading a checkpoint leaves: one step count per parameter, the hybrid optimizer's copies, and PyTorch's
+    way of computing Adam, which is that of this run.
 
     Megatron puts the same tensor into every parameter's state; torch's Adam would count it up once per parameter.
     """
+    for hybrid in _hybrid_optimizers(optimizer):
+        hybrid._sync_hdo_state_to_sub_optimizers()
     for inner, p in _torch_parameters(optimizer):
         inner.state[p]["step"] = inner.state[p]["step"].clone()
+    _set_ways(optimizer)
+
+
+def state_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Main weights, moments and what else an optimizer keeps, on whatever device; views of the model's parameters too."""
+    inner = [part.optimizer for part in _parts(optimizer) if _has_parameters(part)]
+    for one in inner + [sub for hybrid in _hybrid_optimizers(optimizer) for sub in hybrid.sub_optimizers]:
+        yield from (p for group in one.param_groups for p in group["params"])
+        for state in (*one.state.values(), *getattr(one, "_scales", {}).values()):
+            yield from (value for value in state.values() if torch.is_tensor(value))
+    for hybrid in _hybrid_optimizers(optimizer):
+        yield from hybrid.cpu_copy_map_grad.values()
 
 
 def _torch_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
@@ -127,6 +214,12 @@ def _torch_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, t
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    for part in _parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            yield part.optimizer
+    """PyTorch's Adams, those inside of a hybrid optimizer too."""
+    inner = [part.optimizer for part in _parts(optimizer)]
+    for hybrid in _hybrid_optimizers(optimizer):
+        inner += hybrid.sub_optimizers
+    yield from (one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW))
+
+
+def _hybrid_optimizers(optimizer: Any) -> list[HybridDeviceOptimizer]:
+    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, HybridDeviceOptimizer)]

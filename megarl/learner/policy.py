@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from megarl import platform
-from megarl.config.schema import Config, Optimizer, Parallel
+from megarl.config.schema import Config, Model, Optimizer, Parallel
 from megarl.convert import load_hf, read_spec
 from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
-from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm
+from megarl.learner.host_parked import HostParked, by_owner, tensors_of
+from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm, state_tensors
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.fp8 import recipe_of
 from megarl.models.layers.fp8_layers import FP8Layers
 from megarl.models.layers.lm_head import output_weight
+from megarl.models.layers.provider import choose
+from megarl.models.layers.te_fp8 import TEFP8
 from megarl.models.log_probs import linear_log_probs
 from megarl.models.moe.groups import keep_selection_bias
 from megarl.models.moe.replay import RoutingReplay, RowRouting
@@ -48,16 +51,21 @@ Role = Literal["policy", "reference", "critic", "reward"]
 # critic; scores [S] of a reward model, with whole sequences, the same on all context-parallel ranks, as is then the loss.
 LossFunction = Callable[..., tuple[Tensor, dict[str, Metric]]]
 SCALAR_ROLES: tuple[Role, ...] = ("critic", "reward")
+REASONS = {1: "grad_norm", 2: "loss", 3: "nonfinite"}  # not to apply an optimizer step
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did. `metrics` are this rank's, to be reduced once over all ranks."""
 
-    applied: bool  # False: a gradient was not finite, and nothing was changed
+    refused: str  # why nothing was changed: nonfinite, grad_norm or loss; empty when the step was applied
     grad_norm: float  # before clipping, over all ranks
     metrics: dict[str, Metric]
     routing: list[RowRouting]  # what the routers did, one for each micro-batch; empty without `routing`
+
+    @property
+    def applied(self) -> bool:
+        return not self.refused
 
 
 class Policy:
@@ -91,6 +99,7 @@ class Policy:
         self.layout = batch_layout(spec, cfg, mesh)  # what the micro-batches of this model must be packed for
         self.config = transformer_config(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         self.dtype = DTYPES[cfg.model.dtype]
+        self.head_dtype = DTYPES[cfg.model.head_dtype] if cfg.model.head_dtype else None
         self._modules = build_model(spec, cfg.model, mesh, cfg.parallel, aux_loss_coef)
         if freeze_router:
             for name, parameter in (item for module in self._modules for item in module.named_parameters()):
@@ -100,7 +109,7 @@ class Policy:
         for module in self._modules:
             keep_selection_bias(module)
         # after the wrapper, which would make bfloat16 of its float32 buffers
-        self.fp8 = FP8Layers.of(self._modules, cfg.model, spec, mesh)
+        self.fp8 = fp8_of(self._modules, cfg.model, spec, mesh)
         self.optimizer = self.schedule = None
         self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
@@ -108,10 +117,26 @@ class Policy:
         self.updates = 0  # optimizer steps taken: the policy version
         self.routing = RoutingReplay(self._modules, spec, mesh, role) if routing and spec.is_moe else None
         self._run = get_forward_backward_func()
+        # what can leave the device, each by itself; gradients are zero at the start of every optimizer step anyway
+        self.parked = {
+            owner: HostParked(lambda owner=owner: self._storages()[owner], forgets=owner == "gradients")
+            for owner in ("weights", "gradients", "optimizer")
+        }
+
+    def _storages(self) -> dict[str, list[torch.UntypedStorage]]:
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)] if self.optimizer else []
+        weights = [b.param_data for b in buffers if b.param_data is not None]
+        return by_owner(
+            {
+                "weights": [*weights, *tensors_of(self._modules)],
+                "gradients": [b.grad_data for b in buffers],
+                "optimizer": state_tensors(self.optimizer) if self.optimizer else [],
+            }
+        )
 
     def _prepare_training(self, optimizer: Optimizer, parallel: Parallel, total_steps: int) -> None:
-        # Megatron's distributed optimizer knows half and single precision only
-        distributed = parallel.distributed_optimizer and self.dtype is not torch.float64
+        # Megatron's distributed optimizer knows Adam only, and half and single precision
+        distributed = parallel.distributed_optimizer and optimizer.type == "adam" and self.dtype is not torch.float64
         self._gathers_late = parallel.overlap_param_gather and distributed
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.dtype is not torch.float64,
@@ -198,32 +223,40 @@ class Policy:
         """
         return [scores for (scores,) in self._outputs(micro_batches)[0]]
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, most: Mapping[str, float] = {}
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank passes the same number of them.
 
-        A step whose gradient norm is not finite on any rank changes nothing and says `applied=False`.
+        A step whose loss or gradient norm is not finite on any rank, or above what `most` has for `loss` or `grad_norm`,
+        changes nothing and says why in `refused`.
         """
+        self._need("weights", "gradients", "optimizer")
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         scale = len(micro_batches) * self.mesh.dp * self.mesh.cp
 
+        shares: list[Tensor] = []
+
         def wrapped(micro_batch: MicroBatch, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            return _megatron_loss(*self._loss(micro_batch, out, loss), scale)
+            share, found = self._loss(micro_batch, out, loss)
+            shares.append(share.detach())
+            return _megatron_loss(share, found, scale)
 
         collected, routing = self._forward_backward(micro_batches, wrapped, forward_only=False)
         if self.fp8 is not None:
             self.fp8.advance()
         lr = self.next_lr()
-        applied, grad_norm = self._apply()
+        refused, grad_norm = self._apply(float(sum(shares)), most)
         metrics: dict[str, Metric] = {}
         if self._reports:
             for item in collected:
                 merge(metrics, item)
         own = {"grad_norm": Mean(grad_norm), "grad_norm_max": Max(grad_norm), "lr": Mean(lr)}
         metrics |= {f"{self.role}/{name}": metric for name, metric in own.items()}
-        return StepResult(applied, grad_norm, metrics, routing)
+        return StepResult(refused, grad_norm, metrics, routing)
 
     def validate(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Metric]:
         """The loss's metrics over this rank's micro-batches, without a gradient."""
@@ -244,20 +277,34 @@ class Policy:
         # all context-parallel ranks know a reward model's scores, and compute the same loss from them
         return self.mesh.reports and (self.role != "reward" or self.mesh.cp_rank == 0)
 
-    def _apply(self) -> tuple[bool, float]:
-        """Measure the gradient, check that it is finite on every rank, clip and step."""
+    def _apply(self, loss: float, most: Mapping[str, float]) -> tuple[str, float]:
+        """Measure the gradient, check on every rank that it and this rank's `loss` may be used, clip and step.
+
+        Why they may not be, and the gradient norm.
+        """
         overflow = self.optimizer.prepare_grads()
         grad_norm = gradient_norm(self.optimizer)
-        if self.mesh.any(overflow or not math.isfinite(grad_norm)):
-            return False, grad_norm
+        whole = self.mesh.total(loss if self._reports else 0.0) if "loss" in most else loss
+        found = grad_norm > most.get("grad_norm", math.inf), whole > most.get("loss", math.inf)
+        bad = overflow or not math.isfinite(grad_norm) or not math.isfinite(loss)
+        reason = self.mesh.largest(3 if bad else int(found[0] or 2 * found[1]))
+        if reason:
+            return REASONS[reason], grad_norm
         clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
         self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
         self.updates += 1
-        return True, grad_norm
+        return "", grad_norm
+
+    def _need(self, *owners: str) -> None:
+        """A kernel that meets a tensor without bytes would end the process without a word."""
+        parked = [owner for owner in owners if self.parked[owner].is_parked]
+        if parked:
+            raise RuntimeError(f"the {self.role}'s {' and '.join(parked)} are parked on the host")
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._need("weights")
         for chunk in self.chunks:
             chunk.eval()
         yield
@@ -353,7 +400,7 @@ class Policy:
         tokens, mask = (x.to(out.device)[targets[rows]] for x in (micro_batch.batch.tokens, micro_batch.batch.response_mask))
         index, weight = (mask > 0).nonzero()[:, 0], output_weight(self._modules[-1])
         found = linear_log_probs(
-            out[0, rows[index]].to(weight.dtype),  # Megatron's wrapper made float32 of bfloat16
+            out[0, rows[index]].to(self.head_dtype or weight.dtype),  # Megatron's wrapper made float32 of bfloat16
             weight,
             tokens[index],
             self.spec.vocab_size,
@@ -382,15 +429,27 @@ class Policy:
         return share + 0.0 * read[0].sum(), metrics
 
 
+def fp8_of(chunks: Sequence[Any], model: Model, spec: ModelSpec, mesh: Mesh) -> FP8Layers | TEFP8 | None:
+    """What keeps FP8 in order in a built model, by its layer provider; None when the `model` section asks for none."""
+    recipe = recipe_of(model)
+    if recipe is None:
+        return None
+    kind = TEFP8 if choose(model).name == "te" else FP8Layers
+    return kind(chunks, recipe, model, spec, mesh)
+
+
 def batch_layout(spec: ModelSpec, cfg: Config, mesh: Mesh) -> BatchLayout:
     """How batches are shared out and packed for this model on this mesh."""
     recipe = recipe_of(cfg.model)
+    rows = 1 if recipe is None else recipe.rows
+    # Transformer Engine rounds each rank's part of the rows to FP8 and gathers that
+    row_multiple = mesh.tp * rows if choose(cfg.model).name == "te" else math.lcm(mesh.tp, rows)
     return BatchLayout(
         dp=mesh.dp,
         dp_rank=mesh.dp_rank,
         cp=mesh.cp,
         cp_rank=mesh.cp_rank,
-        row_multiple=mesh.tp if recipe is None else math.lcm(mesh.tp, recipe.rows),
+        row_multiple=row_multiple,
         count_multiple=mesh.pp if mesh.vpp else 1,
         attention=spec.attention_cost,
         equal_rows=spec.is_moe and cfg.parallel.dispatcher == "allgather",

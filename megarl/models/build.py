@@ -15,11 +15,12 @@ from megarl.parallel import Mesh
 
 platform.setup()
 
+from megatron.core.activations import quick_gelu  # noqa: E402
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
@@ -34,10 +35,12 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 from megarl.models.layers.latent_attention import LatentAttention  # noqa: E402
 from megarl.models.layers.lm_head import LMHead  # noqa: E402
+from megarl.models.layers.provider import Layers, choose, layers_of  # noqa: E402
 from megarl.models.layers.scalar_head import ScalarHead  # noqa: E402
-from megarl.models.layers.torch_layers import PackedAttention, RMSNorm  # noqa: E402
+from megarl.models.layers.te_fp8 import fp8_settings  # noqa: E402
+from megarl.models.layers.torch_layers import PackedAttention  # noqa: E402
+from megarl.models.moe.biased_experts import LIMIT  # noqa: E402
 from megarl.models.moe.groups import limit_groups  # noqa: E402
-from megarl.models.moe.layer import MoE  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64"}
@@ -71,9 +74,12 @@ def transformer_config(
             moe_router_dtype=ROUTER_DTYPES["float64" if model.dtype == "float64" else model.router_dtype],
             moe_grouped_gemm=False,
         )
+    is_te = choose(model).name == "te"
+    # Transformer Engine's norms keep no more than their input, and most are inside a linear
+    norms = [] if is_te else ["layernorm"]
     recompute = dict(
         none={},
-        selective=dict(recompute_granularity="selective", recompute_modules=["layernorm", "mlp", "moe"]),
+        selective=dict(recompute_granularity="selective", recompute_modules=[*norms, "mlp", "moe"]),
         full=dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     )[parallel.recompute]
     config = TransformerConfig(
@@ -87,7 +93,7 @@ def transformer_config(
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm == "head",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        **_activation(spec),
         add_bias_linear=spec.expert_bias,  # of the routers and experts; attention asks the spec
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -121,6 +127,7 @@ def transformer_config(
         persist_layer_norm=False,
         **moe,
         **recompute,
+        **(fp8_settings(model) if is_te else {}),
     )
     # micro-batches are packed to different lengths; set here since Megatron refuses it together with the all-gather
     # dispatcher, whose own condition, equal lengths on all expert-parallel ranks, `BatchLayout.equal_rows` keeps
@@ -128,23 +135,31 @@ def transformer_config(
     return config
 
 
-def _layer_spec(spec: ModelSpec, is_moe: bool) -> ModuleSpec:
+def _activation(spec: ModelSpec) -> dict[str, Any]:
+    """Of Megarl's own experts it is in the module; Megatron's grouped experts and its MLPs read these."""
+    if spec.activation == "clamped_swiglu":  # gpt-oss's constants, which Megatron's quick_gelu has inside
+        return dict(activation_func=quick_gelu, activation_func_clamp_value=LIMIT, glu_linear_offset=1.0)
+    return dict(activation_func=F.silu)
+
+
+def _layer_spec(spec: ModelSpec, is_moe: bool, layers: Layers) -> ModuleSpec:
     if is_moe:
-        mlp = MoE
+        mlp = layers.moe
     else:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        linears = MLPSubmodules(linear_fc1=layers.norm_column or layers.column, linear_fc2=layers.row)
         mlp = ModuleSpec(module=MLP, submodules=linears)
+    inside = IdentityOp if layers.norm_column else layers.norm  # of a norm with one linear after it
+    attention = LatentAttention if spec.kv_lora_rank else PackedAttention
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=LatentAttention if spec.kv_lora_rank else PackedAttention, params={"spec": spec}
-            ),
+            input_layernorm=layers.norm if spec.kv_lora_rank else inside,
+            self_attention=ModuleSpec(module=attention, params={"spec": spec, "layers": layers}),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=layers.norm if is_moe else inside,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(layers.shard_names),
         ),
     )
 
@@ -158,8 +173,7 @@ def build_model(
     `ScalarHead` of zeros that shares nothing with the embedding, and outputs `[1, n, 1]`.
     Raises BadInput when the layer provider is not available.
     """
-    if model.layers == "te":
-        raise BadInput("model.layers = te: this version has the torch layer provider only; set model.layers: torch")
+    provider = layers_of(choose(model).name)
     if spec.expert_bias and mesh.etp > 1:
         raise BadInput(
             f"parallel.etp = {mesh.etp}: the experts of {spec.family} have biases, which cannot be shared out; "
@@ -174,10 +188,10 @@ def build_model(
         last = mesh.is_last_stage and stage == (mesh.vpp or 1) - 1
         offset = get_transformer_layer_offset(config, vp_stage, mesh.pp_rank)
         count = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
-        layers = [_layer_spec(spec, offset + i in spec.moe_layers) for i in range(count)]
+        layers = [_layer_spec(spec, offset + i in spec.moe_layers, provider) for i in range(count)]
         chunk = GPTModel(
             config,
-            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.norm),
             vocab_size=spec.padded_vocab_size(mesh.tp),
             max_sequence_length=spec.max_position_embeddings,
             pre_process=first,

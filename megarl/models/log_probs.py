@@ -23,6 +23,8 @@ def linear_log_probs(
     and entropy `[n]` in nats (no gradient), in float32, or float64 for a float64 model. The gradient of `hidden` is
     this rank's part of a sum over `group`. `n` is the same on every rank and may be 0.
 
+    Products are in the precision of `hidden`; a weight of another one is converted block by block.
+
     Logits exist a block of columns at a time and are computed again in the backward pass, unless one block holds them
     all. Blocks of columns and not of rows, because then each gradient of `weight` is one product over all rows: exact
     in any precision, without a second tensor of the weight's size to add up in.
@@ -90,7 +92,7 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.real if rows else 0 :] = 0
         for start, end in _blocks(rows, ctx.real, dtype):
-            part = weight[start:end]
+            part = weight[start:end].to(hidden.dtype)
             if kept:
                 exps, own_peak = kept
                 grad_logits = exps * (-scaled * (own_peak - log_sum).exp())[:, None]
@@ -100,7 +102,10 @@ class _LinearLogProbs(torch.autograd.Function):
             column, here = _columns(local, start, end)
             grad_logits.scatter_add_(1, column, torch.where(here, scaled, 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits.t(), hidden, out=grad_weight[start:end])
+            if weight.dtype == hidden.dtype:
+                torch.mm(grad_logits.t(), hidden, out=grad_weight[start:end])
+            else:
+                grad_weight[start:end] = grad_logits.t() @ hidden
             if dtype == hidden.dtype:
                 grad_hidden.addmm_(grad_logits, part)
             else:
@@ -122,8 +127,8 @@ def _blocks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, 
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A new tensor `[n, columns]`; the product is in the model's precision."""
-    logits = (hidden @ weight.t()).to(dtype)
+    """A new tensor `[n, columns]`."""
+    logits = (hidden @ weight.to(hidden.dtype).t()).to(dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

@@ -73,6 +73,11 @@ def device_memory() -> dict[str, float]:
     return _module().device_memory()
 
 
+def used_bytes() -> tuple[int, int]:
+    """Bytes in use on this rank's device, by whomever (0 on a CPU), and resident of this process on the host."""
+    return _module().used_bytes()
+
+
 def synchronize() -> None:
     """Wait until the device has done everything it was given, so that a clock reads the truth."""
     _module().synchronize()

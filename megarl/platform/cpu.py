@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from megarl.platform.host import host_memory
+from megarl.platform.host import host_memory, resident_bytes
 from megarl.platform.shared_memory import Gather, SharedWindows, share
 from megarl.platform.shared_memory import map_tensors as map_tensors
 
@@ -55,6 +55,10 @@ def set_device(local_rank: int) -> None:
 
 def device_memory() -> dict[str, float]:
     return host_memory()
+
+
+def used_bytes() -> tuple[int, int]:
+    return 0, resident_bytes()
 
 
 def synchronize() -> None:
@@ -145,6 +149,7 @@ class Event:
     """What a stream records: it has always happened."""
 
     def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
 
 
 class Generators:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megarl.errors import BadInput
-from megarl.platform.host import GIB, host_memory
+from megarl.platform.host import GIB, host_memory, resident_bytes
 from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 NAME = "cuda"
@@ -37,6 +37,11 @@ def device_memory() -> dict[str, float]:
         "allocated": torch.cuda.memory_allocated() / GIB,
         "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def used_bytes() -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info()
+    return total - free, resident_bytes()
 
 
 def synchronize() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+import types
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megarl import platform
+from megarl.platform import optimizers
 
 
 def install() -> None:
@@ -44,11 +46,20 @@ def install() -> None:
 
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
     filesystem_async._results_queue = queue.Queue()
+    from megarl.platform import safe_loading
+
+    safe_loading.install()
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    # it collects garbage after each part of an optimizer's state, in case Python does not; with torch and vLLM loaded that
+    # takes tenths of a second of every save
+    distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)
     plain = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = _keep_step(plain)
+    optimizers.install(on_cpu=platform.name() == "cpu")
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_one_generator)
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(_not_the_first)
 
 
 def _move_to_cpu(plain: Any) -> Any:
@@ -178,6 +189,11 @@ def _say_fp8(plain: Any) -> Any:
 def _one_generator(record: logging.LogRecord) -> bool:
     """On a CPU both of Megatron's generators are the same object, so this one warning is expected at every fork."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _not_the_first(record: logging.LogRecord) -> bool:
+    """With plans kept from the save before no rank waits for another, and the main one may find a file of this save."""
+    return "Overwriting old incomplete" not in record.getMessage()
 
 
 class _NoCount:

@@ -51,6 +51,10 @@ class Layer(ABC):
     def finish(self) -> None:  # noqa: B027 - most layers have nothing to do
         """Compute with what was written; called when every part is complete."""
 
+    def hidden_bytes(self) -> int:
+        """Of packed weights that the kernel keeps outside of tensors: as many as the matrix has."""
+        return 0
+
     @abstractmethod
     def read(self, part: Any) -> Tensor:
         """A part as the layer computes with it."""
@@ -77,6 +81,10 @@ class Plain(Layer):
         for output in self.outputs:
             output.quant_method.process_weights_after_loading(output)
 
+    def hidden_bytes(self) -> int:
+        packed = [output for output in self.outputs if hasattr(output, "cpu_linear")]
+        return len(packed) * getattr(self.module, self.name).nbytes
+
     def read(self, part: slice) -> Tensor:
         return self._rows(part)
 
@@ -100,6 +108,11 @@ class PackedLinear(Layer):
         self.module.weight = nn.Parameter(self.weight, requires_grad=False)
         self.weight = None
         self.module.quant_method.process_weights_after_loading(self.module)
+
+    def hidden_bytes(self) -> int:
+        if self.module.weight.numel():  # the packed copy is the parameter
+            return 0
+        return sum(math.prod(self.shape(part)) for part in self.parts.values()) * self.module.params_dtype.itemsize
 
     def read(self, part: slice) -> Tensor:
         width = self.shape(part)[1]
@@ -348,6 +361,9 @@ class Direct:
                 box = self.hosted.get(name)
                 if box is not None:
                     self.write(name, tuple(map(slice, _box_shape(box))), _cut(name, tensor, box))
+
+    def hidden_bytes(self) -> int:
+        return sum(layer.hidden_bytes() for layer in self.layers)
 
     def read(self, name: str) -> Tensor:
         """What this rank hosts of a tensor, as its layer computes with it."""

@@ -116,6 +116,28 @@ def can_sleep() -> bool:
     return platform.name() == "cuda"
 
 
+def memory(runner: Any) -> list[tuple[int, int]]:
+    """Bytes of weights and of the key/value cache on (device, host).
+
+    What sleeps keeps its tensors without memory behind them, so on CUDA vLLM's allocator is asked. Copies that a CPU
+    kernel keeps outside of tensors are not in it.
+    """
+    if platform.name() == "cuda":
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        held = CuMemAllocator.get_instance().pointer_to_data.values()
+        return [
+            (
+                sum(data.handle[1] for data in held if data.tag == tag and not data.is_asleep),
+                sum(data.cpu_backup_tensor.nbytes for data in held if data.tag == tag and data.cpu_backup_tensor is not None),
+            )
+            for tag in ("weights", "kv_cache")
+        ]
+    model = runner.get_model()
+    owners = ([*model.parameters(), *model.buffers()], runner.kv_caches)
+    return [(0, sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in found)}.values())) for found in owners]
+
+
 def install() -> None:
     """Settle what the environment came too late for. Idempotent; call after importing vllm."""
     if platform.name() == "cpu":

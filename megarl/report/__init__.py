@@ -6,6 +6,7 @@ import os
 import platform
 from pathlib import Path
 
+from megarl.bounds import TooMuch, bounded
 from megarl.errors import BadInput
 from megarl.report.charts import show
 from megarl.report.data import figures, load_run
@@ -15,16 +16,27 @@ from megarl.report.summary import write_summary
 __all__ = ["describe_machine", "render_summary", "write_report", "write_summary"]
 
 
+REPORT_SECONDS = 600.0
+
+
 def write_report(run_dir: Path | str) -> Path:
     """Writes `RUN_DIR/report.html` and returns its path; works for a run that goes on, was interrupted or is SFT only.
 
     Raises BadInput when there is no such folder, nothing to show in it, or it cannot be written.
     """
     run_dir = Path(run_dir)
-    html = page(load_run(run_dir))
+    try:
+        with bounded(REPORT_SECONDS, 4 << 30):
+            html = page(load_run(run_dir))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, TooMuch) as error:
+        line = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{run_dir}: its files hold what no run writes ({type(error).__name__}: {line}); give a run's own folder"
+        ) from None
     path, partial = run_dir / "report.html", run_dir / "report.html.partial"
     try:
-        partial.write_text(html, encoding="utf-8")
+        partial.unlink(missing_ok=True)  # were it a link, it would be followed
+        partial.write_text(html, encoding="utf-8", errors="replace")
         os.replace(partial, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror}); make {run_dir} writable") from None

@@ -161,7 +161,7 @@ def tick_label(tick: float, ticks: list[float], unit: str) -> str:
 
 def step_ticks(x0: float, x1: float) -> list[float]:
     """Whole numbers between both, about six."""
-    step = max(1.0, _nice_step((x1 - x0) / 6))
+    step = max(1.0, _nice_step((x1 - x0) / 6)) if x1 > x0 else 1.0
     step = math.ceil(step)
     first = math.ceil(x0 / step - 1e-9)
     return [k * step for k in range(first, math.floor(x1 / step + 1e-9) + 1)]

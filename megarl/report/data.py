@@ -38,7 +38,12 @@ RL (`rl/metrics.jsonl`)
   `routing/variance_share` 1 - Var(replayed) / Var(live)
 - `time/{sync,generate,reward,old_log_probs,update,eval,...}` seconds, mean over ranks; `time/step` slowest rank
 - `throughput/rollout_tokens_per_second`, `throughput/learner_tokens_per_second`; `memory/rss_gib` over all ranks
+- `memory/{device,host}/<phase>/<owner>` GiB of all ranks together at the end of a phase, where it is not 0: live storages of
+  `policy_weights`, `policy_gradients`, `policy_optimizer`, `reference`, `critic`, `reward_model`, `engine_weights`,
+  `engine_kv_cache`, `sync_buffers` (in the sync: the most of it), and the `rest`; beside them `rss` of all
 - `eval/accuracy` on held-out problems, at the steps that evaluated
+- `alarms/<name>` 1 in a step whose figure was above its threshold, else 0, where there is one to compare with;
+  `alarms/skipped_updates` optimizer steps (of an RL step left out as a whole: 1) that were not applied (SFT and reward model too)
 
 SFT (`sft/metrics.jsonl`): `sft/loss`, `sft/validation_loss`, `sft/lr`, `sft/grad_norm`, `time/step`, `memory/rss_gib`,
 `throughput/learner_tokens_per_second`.
@@ -66,6 +71,7 @@ from megarl.errors import BadInput
 from megarl.metrics import read_jsonl
 
 Row = dict[str, Any]
+PHASES = ("rollout", "reference", "log_probs", "update", "sync")  # of the memory ledger, as they come in a step
 SCANNED_TRAJECTORIES = 2_000  # of one rollout file: enough to find examples without reading gigabytes
 
 
@@ -136,6 +142,17 @@ def phase_names(rows: list[Row]) -> list[str]:
     return sorted(names, key=lambda name: -sum(y for _, y in points(rows, f"time/{name}")))
 
 
+def memory_ledger(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Place -> phase -> owner -> GiB, of the last step that has it; without the process's whole resident memory."""
+    last = next((row for row in reversed(rows) if any(key.startswith(("memory/host/", "memory/device/")) for key in row)), {})
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for key, value in last.items():
+        match key.split("/"):
+            case ["memory", ("device" | "host") as place, phase, owner] if owner != "rss" and isinstance(value, float):
+                out.setdefault(place, {}).setdefault(phase, {})[owner] = value
+    return {place: {name: found[name] for name in PHASES if name in found} for place, found in sorted(out.items())}
+
+
 def eval_points(data: RunData) -> dict[str, list[Row]]:
     """Held-out rows by source; from the metrics where there is no eval.jsonl."""
     rows = data.evals or [{"step": x, "accuracy": y} for x, y in points(data.rl, "eval/accuracy")]
@@ -176,12 +193,14 @@ def _first_and_last_rollouts(folder: Path) -> list[tuple[int, list[Row]]]:
 
 def _trajectories(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in islice(file, SCANNED_TRAJECTORIES):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of an interrupted run
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # the last line of an interrupted run
                 break
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
@@ -190,18 +209,20 @@ def _by_step(rows: list[Row]) -> list[Row]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(text) or {}
+        return found if isinstance(found, dict) else {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{path}: not YAML ({str(error).splitlines()[0]}); restore the config the run wrote") from None
 
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_text(path) or "{}")
-    except json.JSONDecodeError:
+        found = json.loads(_text(path) or "{}")
+        return found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError):
         raise BadInput(f"{path}: not JSON; delete it and report again") from None

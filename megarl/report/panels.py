@@ -6,11 +6,12 @@ import math
 import re
 from typing import Any
 
+from megarl.report.bars import Bars, render_bars
 from megarl.report.charts import Chart, Point, Series, render
-from megarl.report.data import Row, RunData, eval_points, max_of, phase_names, points
+from megarl.report.data import Row, RunData, eval_points, max_of, memory_ledger, phase_names, points
 from megarl.report.heat_map import HeatMap, render_heat_map
 
-Panel = Chart | HeatMap
+Panel = Chart | HeatMap | Bars
 Section = tuple[str, str, list[Panel]]  # anchor, heading, panels
 
 
@@ -21,7 +22,8 @@ def sections(data: RunData) -> list[tuple[str, str, str]]:
 
 
 def _draw(panel: Panel) -> str:
-    return render_heat_map(panel) if isinstance(panel, HeatMap) else render(panel)
+    renderers = {HeatMap: render_heat_map, Bars: render_bars, Chart: render}
+    return renderers[type(panel)](panel)
 
 
 def _sections(data: RunData) -> list[Section]:
@@ -337,7 +339,7 @@ def _over_layers(rl: list[Row], prefix: str) -> list[Series]:
     return [Series("worst layer", worst, smooth=True), Series("mean of the layers", mean, smooth=True)]
 
 
-def _cost(rl: list[Row]) -> list[Chart]:
+def _cost(rl: list[Row]) -> list[Panel]:
     return [
         Chart(
             "Time per step",
@@ -364,6 +366,29 @@ def _cost(rl: list[Row]) -> list[Chart]:
             unit="GiB",
             from_zero=True,
         ),
+        *_ledger(rl),
+    ]
+
+
+OWNERS = (
+    "policy_weights", "policy_gradients", "policy_optimizer", "reference", "critic", "reward_model", "engine_weights",
+    "engine_kv_cache", "sync_buffers", "rest",
+)  # fmt: skip
+
+
+def _ledger(rl: list[Row]) -> list[Bars]:
+    """What was where at the end of each phase of the last step."""
+    found = memory_ledger(rl)
+    titles = {"device": "Device memory by owner", "host": "Host memory by owner"}
+    return [
+        Bars(
+            titles[place],
+            "All ranks together, at the end of each phase of the last step; sync buffers: the most during the sync.",
+            list(phases.items()),
+            order=OWNERS,
+            unit="GiB",
+        )
+        for place, phases in found.items()
     ]
 
 

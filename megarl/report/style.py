@@ -37,6 +37,7 @@ figcaption p{margin:1px 0 0;color:var(--soft);font-size:.82rem;line-height:1.4}
 .plot{position:relative}svg{display:block;width:100%;height:auto;overflow:visible}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
 .c6{--c:var(--c6)}.c7{--c:var(--c7)}
+rect.bar{fill:var(--c);stroke:var(--card);stroke-width:.6}.pale{opacity:.45}
 path.line{fill:none;stroke:var(--c);stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 path.raw{stroke-width:1;opacity:.32}
 path.band{fill:var(--c);opacity:.16}path.area{fill:var(--c);opacity:.82}circle{fill:var(--c)}

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megarl.metrics import read_jsonl
+from megarl.report.data import memory_ledger
 
 
 def write_summary(run_dir: Path, world_size: int, machine: dict[str, str]) -> dict[str, Any]:
     """Write RUN_DIR/summary.json after the last step; accuracies are fractions of 1, rates exclude start-up.
 
     `wall_seconds` adds up what every command of the project took, from its start to its end, interruptions excluded;
-    `peak_rss_gib` is the largest memory that all ranks of one command and their children held together.
+    `peak_rss_gib` is the largest memory that all ranks of one command and their children held together; `memory_gib` is
+    the last step's, {"device" or "host": {phase: {owner: GiB of all ranks}}}.
     """
     sft, scorer, rl = (read_jsonl(run_dir / part / "metrics.jsonl") for part in ("sft", "reward_model", "rl"))
     evaluated = [row for row in rl if row.get("eval/accuracy") is not None]
@@ -29,6 +31,7 @@ def write_summary(run_dir: Path, world_size: int, machine: dict[str, str]) -> di
         "logprob_gap_mean": max((row["sync/gap_mean"] for row in steps if "sync/gap_mean" in row), default=None),
         "logprob_gap_max": max((row["sync/gap_max"] for row in steps if "sync/gap_max" in row), default=None),
         "peak_rss_gib": max((row["memory/peak_rss_gib"] for row in (*sft, *scorer, *steps)), default=None),
+        "memory_gib": memory_ledger(steps),
         "experts_changed_update": _mean(steps, "routing/update_changed"),
         "experts_changed_engine": _mean(steps, "routing/engine_changed"),
         "clip_fraction": _mean(steps, "policy/clip_seq_frac"),

@@ -15,6 +15,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megarl.rewards import tasks
+from megarl.rewards.code import make_code
 from megarl.rewards.judge import make_http
 
 RewardFunction = Callable[..., Any]
@@ -117,6 +118,7 @@ BUILT_IN: dict[str, Callable[..., RewardFunction]] = {
     "regex": make_regex,
     "math_verify": make_math_verify,
     "reasoning_gym": make_reasoning_gym,
+    "code": make_code,
     "http": make_http,
 }
 

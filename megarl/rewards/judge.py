@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Hostnames that must never go through a proxy of the environment.
+LONGEST_REPLY = 16 << 20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,11 +67,16 @@ class HttpJudge:
     def _post(self, body: bytes, count: int) -> list[float | None]:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", **self.headers})
         with self._opener.open(request, timeout=self.timeout) as reply:
-            answer = json.loads(reply.read())
+            text = reply.read(LONGEST_REPLY + 1)
+        if len(text) > LONGEST_REPLY:
+            raise ValueError(f"answer is longer than {LONGEST_REPLY} bytes")
+        answer = json.loads(text)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count:
             raise ValueError(f'answer is not {{"scores": [{count} numbers]}}')
-        return [None if score is None else float(score) for score in scores]
+        if not all(score is None or isinstance(score, int | float) for score in scores):
+            raise ValueError(f'answer is not {{"scores": [{count} numbers]}}')
+        return scores
 
 
 def make_http(**params: Any) -> HttpJudge:

@@ -13,7 +13,7 @@ from megarl.rewards.judge import HttpJudge
 if TYPE_CHECKING:
     from megarl.config.schema import Reward
 
-NEEDS = {"exact_match": "answer", "regex": "answer", "math_verify": "answer", "reasoning_gym": "entry"}
+NEEDS = {"exact_match": "answer", "regex": "answer", "math_verify": "answer", "reasoning_gym": "entry", "code": "tests"}
 MODEL, WEIGHTED = "model", "weighted"  # scored by the learner, and a sum of others: no function of one text
 OWN_METRICS = ("mean", "score", "failed_fraction", "unscored")  # reward/<name> of these is taken
 
@@ -91,7 +91,7 @@ def _check_weighted(key: str, name: str | None, one: Reward, reward: Reward) -> 
 
 
 def required_field(reward: Reward, name: str | None = None) -> tuple[str, ...]:
-    """The fields a row must have for the reward it names: "answer", "entry" (a reasoning-gym entry), both or none.
+    """The fields a row must have for the reward it names: some of "answer", "entry" (a reasoning-gym entry) and "tests".
 
     Raises BadInput when no reward has that name.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import selectors
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import megarl
 from megarl.errors import BadInput, RunFailed
-from megarl.rewards.frames import take_frames, write_frame
+from megarl.rewards.frames import pack_work, take_answers
 from megarl.rewards.judge import HttpJudge
 from megarl.rewards.registry import check_reward, required_field, verifiers
+from megarl.secrets import from_environment, masked, without_secrets
 
 if TYPE_CHECKING:
     from megarl.config.schema import Reward
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 CHUNK = 64  # items per message: large enough that pipes cost nothing, small enough to share between workers
 START_SECONDS = 120  # importing a user's module may be slow, never this slow
 JUDGE_GRACE = 5  # seconds a batched judge gets beyond its own attempts and pauses
+SEND_GRACE = 5  # seconds for a chunk's way to a worker
+SPARE_AFTER = 1.0  # seconds on one response, or a quarter of its limit: others no longer wait for it
+SPARES = 4  # workers more than `reward.workers` while some are held up
+END_SECONDS = 3  # for a warden to end what is below it
 SLOW_FAILURES = 8  # time-outs and crashes a call always survives, however small it is
 
 
@@ -59,15 +66,20 @@ class _Chunk:
     name: str | None
     indices: list[int]
     done: int = 0
+    cut: bool = False  # the worker has more of it than is still wanted
 
 
 @dataclass
 class _Worker:
-    process: subprocess.Popen
+    process: subprocess.Popen  # its warden
+    verdict: int  # why it ended; end of file once it has
     deadline: float
     ready: bool = False
     chunk: _Chunk | None = None
+    since: float = 0.0  # when it began with the response it is at
     buffer: bytearray = field(default_factory=bytearray)
+    ended: bool = False  # there is a verdict
+    outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
 
 
 class RewardRunner:
@@ -75,7 +87,8 @@ class RewardRunner:
 
     Started before vLLM and gloo make threads, from a thread that lives as long as the runner (Linux ends the workers
     with the thread that started them). Workers are plain interpreters in sessions of their own: Ctrl-C does not reach
-    them, and they end with the parent however it ends.
+    them, and they end with the parent however it ends, with all they have started. `missing` says what of a worker's
+    isolation this system does not allow.
 
     Raises BadInput when the configuration names a reward that cannot be built.
     """
@@ -83,14 +96,18 @@ class RewardRunner:
     def __init__(self, reward: Reward) -> None:
         check_reward(reward)
         self.reward = reward
+        self.missing: list[str] = []
         self._rewards = verifiers(reward)
-        self._params = {name: _params(one) for name, one in self._rewards.items()}
+        self._params = {name: _params(name, one) for name, one in self._rewards.items()}
         self._limits = {name: _time_limit(one, self._params[name]) for name, one in self._rewards.items()}
         self._batches = {name: one.type == "http" for name, one in self._rewards.items()}
+        self._prepares: set[str | None] = set(self._rewards)
+        self._slow: set[str | None] = set()  # of which responses have held up others
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         try:
-            self._workers += [self._start() for _ in range(reward.workers if self._rewards else 0)]
+            for _ in range(reward.workers if self._rewards else 0):
+                self._start()
             while not all(worker.ready for worker in self._workers):
                 for worker in self._wait():
                     self._read_ready(worker)
@@ -110,10 +127,10 @@ class RewardRunner:
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[ScoreResult]:
         """One result per `(prompt, response text)`, in order.
 
-        A response whose verifier raises, returns no number or infinity, exceeds its `timeout_seconds` or ends its
-        process gets `failed_score`; one whose verifier returns NaN keeps it, and has failed as well. Raises RunFailed
-        at once when time-outs and crashes alone exceed `max_failed_fraction` of the items: waiting for each of them
-        could take hours. Raises BadInput for a name that is no verifier's.
+        A response whose verifier raises, returns no number or infinity, exceeds its `timeout_seconds` or other limits or
+        ends its process gets `failed_score`; one whose verifier returns NaN keeps it, and has failed as well. Raises
+        RunFailed at once when time-outs and crashes alone exceed `max_failed_fraction` of the items: waiting for each of
+        them could take hours. Raises BadInput for a name that is no verifier's.
         """
         for name in {prompt.reward for prompt, _ in items} - set(self._rewards):
             required_field(self.reward, name)
@@ -129,11 +146,13 @@ class RewardRunner:
                     reason = self._read(worker, results)
                     if reason is not None:
                         slow += self._replace(worker, reason, results, queue)
+                self._relieve(queue)
                 for worker in self._workers:
                     if queue and worker.ready and worker.chunk is None:
                         self._send(worker, queue.popleft(), items)
                 if len(slow) > max(SLOW_FAILURES, self.reward.max_failed_fraction * len(items)):
                     check_failures(self.reward, len(slow), len(items), slow)
+            self._retire()
         except BaseException:
             self._abandon()
             raise
@@ -156,25 +175,85 @@ class RewardRunner:
         for name, indices in by_name.items():
             shared = min(CHUNK, -(-len(indices) // (2 * len(self._workers)))) if len(self._workers) > 1 else CHUNK
             size = HttpJudge(**self._params[name]).batch_size if self._batches[name] else shared
+            size = 1 if name in self._slow else size
             for start in range(0, len(indices), size):
                 chunks.append(_Chunk(name, indices[start : start + size]))
         return chunks
 
+    def _relieve(self, queue: deque[_Chunk]) -> None:
+        """Takes from workers that a response holds up what waits behind it, and starts a worker for it."""
+        now, held_up = time.monotonic(), 0
+        for worker in self._workers:
+            chunk = worker.chunk
+            if chunk is None or self._batches[chunk.name] or not worker.since:
+                continue
+            if now - worker.since < self._patience(chunk.name):
+                continue
+            held_up += 1
+            rest = chunk.indices[chunk.done + 1 :]
+            if rest:
+                self._slow.add(chunk.name)
+                chunk.cut = True
+                chunk.indices = chunk.indices[: chunk.done + 1]
+                queue.extendleft(_Chunk(chunk.name, [index]) for index in reversed(rest))
+        free = any(worker.chunk is None for worker in self._workers)
+        if queue and held_up and not free and len(self._workers) < self.reward.workers + min(held_up, SPARES):
+            self._start()
+
+    def _patience(self, name: str | None) -> float:
+        return min(SPARE_AFTER, self._limits[name] / 4)
+
+    def _retire(self) -> None:
+        """Ends the workers beyond `reward.workers`, those that are not ready yet first."""
+        for worker in sorted(self._workers, key=lambda worker: not worker.ready)[self.reward.workers :]:
+            self._kill(worker)
+            self._workers.remove(worker)
+
     def _send(self, worker: _Worker, chunk: _Chunk, items: Sequence[tuple[Prompt, str]]) -> None:
         rows = [items[index] for index in chunk.indices]
         message = [(chunk.name, prompt.text, text, prompt.answer, prompt.metadata) for prompt, text in rows]
-        worker.chunk = chunk
-        worker.deadline = time.monotonic() + START_SECONDS
+        worker.chunk, worker.since = chunk, 0.0
+        preparing = START_SECONDS if chunk.name in self._prepares else self._limits[chunk.name] + SEND_GRACE
+        worker.deadline = time.monotonic() + preparing
+        self._write(worker, pack_work(message))
+
+    def _write(self, worker: _Worker, message: bytes) -> None:
+        """As much as its pipe takes; the rest when it takes more: one that does not read must not hold up the run."""
+        worker.outgoing = memoryview(message)
+        self._flush(worker)
+        if worker.outgoing:
+            self._selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker)
+
+    def _flush(self, worker: _Worker) -> None:
         try:
-            write_frame(worker.process.stdin, message)
+            while worker.outgoing:
+                worker.outgoing = worker.outgoing[os.write(worker.process.stdin.fileno(), worker.outgoing) :]
+        except BlockingIOError:
+            pass
         except BrokenPipeError:
-            pass  # a dead worker shows as end of file on its output
+            worker.outgoing = memoryview(b"")  # a dead worker shows in its verdict
 
     def _wait(self) -> list[_Worker]:
-        """The workers that have something to read or are past their deadline."""
+        """The workers that have something to read or are past a deadline."""
         waiting = [worker for worker in self._workers if worker.chunk is not None or not worker.ready]
-        nearest = min((worker.deadline for worker in waiting), default=0.0)
-        ready = [key.data for key, _ in self._selector.select(max(0.0, nearest - time.monotonic()))]
+        now = time.monotonic()
+        times = [worker.deadline for worker in waiting]
+        times += [
+            worker.since + self._patience(worker.chunk.name) for worker in waiting if worker.since and worker.chunk
+        ]
+        nearest = min((moment for moment in times if moment > now), default=now)
+        nearest = now if any(worker.deadline <= now for worker in waiting) else nearest
+        ready: list[_Worker] = []
+        for key, _ in self._selector.select(max(0.0, nearest - now)):
+            worker = key.data
+            if key.fileobj is worker.process.stdin:
+                self._flush(worker)
+                if not worker.outgoing:
+                    self._selector.unregister(worker.process.stdin)
+                continue
+            worker.ended |= key.fileobj == worker.verdict
+            if worker not in ready:
+                ready.append(worker)
         now = time.monotonic()
         return ready + [worker for worker in waiting if worker not in ready and now >= worker.deadline]
 
@@ -183,30 +262,60 @@ class RewardRunner:
         if not worker.ready:
             self._read_ready(worker)
             return None
-        data = self._receive(worker)
-        if data is None:
-            return f"timed out after {self._limits[worker.chunk.name]:g} s" if worker.chunk else None
-        for frame in take_frames(worker.buffer):
-            chunk = worker.chunk
-            worker.deadline = time.monotonic() + self._limits[chunk.name]
-            if frame is None:
-                continue
-            score, reason, seconds = frame
-            score = self._rewards[chunk.name].failed_score if reason and not math.isnan(score) else score
-            results[chunk.indices[chunk.done]] = ScoreResult(score, bool(reason), reason, seconds)
-            chunk.done += 1
-            if chunk.done == len(chunk.indices):
-                worker.chunk = None
-        return None if data else f"the scoring process ended ({self._exit_code(worker)})"
-
-    def _receive(self, worker: _Worker) -> bytes | None:
-        """Bytes now in the worker's pipe: b"" at its end, None when there are none."""
+        self._receive(worker)
         try:
-            data = os.read(worker.process.stdout.fileno(), 1 << 16)
-        except BlockingIOError:
+            for answer in take_answers(worker.buffer):
+                chunk = worker.chunk
+                now = time.monotonic()
+                worker.deadline, worker.since = now + self._limits[chunk.name], now
+                if answer is None:
+                    continue
+                result = self._result(chunk, answer)
+                results[chunk.indices[chunk.done]] = result
+                chunk.done += 1
+                if chunk.done == len(chunk.indices):
+                    if chunk.cut:
+                        return "cut"
+                    worker.chunk, worker.since = None, 0.0
+        except (ValueError, TypeError, AttributeError):
+            return "the scoring process wrote what is no answer"
+        if ended := self._verdict(worker):
+            return ended
+        if worker.chunk is not None and time.monotonic() >= worker.deadline:
+            return f"timed out after {self._limits[worker.chunk.name]:g} s"
+        return None
+
+    def _result(self, chunk: _Chunk, answer: Any) -> ScoreResult:
+        """Raises ValueError or TypeError for anything but the answer that is due."""
+        position, score, reason, seconds = answer
+        if position != chunk.done or not isinstance(reason, str):
+            raise ValueError(answer)
+        score, seconds = float(score), float(seconds)
+        if not reason and not math.isfinite(score):
+            raise ValueError(answer)
+        score = self._rewards[chunk.name].failed_score if reason and not math.isnan(score) else score
+        return ScoreResult(score, bool(reason), masked(reason) if reason else "", seconds)
+
+    def _receive(self, worker: _Worker) -> None:
+        """Adds what is now in the worker's pipe to its buffer."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(worker.process.stdout.fileno(), 1 << 16):
+                worker.buffer += data
+                if len(data) < 1 << 16:
+                    return
+
+    def _verdict(self, worker: _Worker) -> str | None:
+        """Why the worker ended, or None while it has not."""
+        if not worker.ended:
             return None
-        worker.buffer += data
-        return data
+        text = b""
+        try:
+            while data := os.read(worker.verdict, 4096):
+                text += data
+        except BlockingIOError:
+            if not text:
+                return None
+        return " ".join(text.decode(errors="replace").split("\n")[0].split()) or "the scoring process ended"
 
     def _replace(
         self, worker: _Worker, reason: str, results: list[ScoreResult | None], queue: deque[_Chunk]
@@ -214,11 +323,13 @@ class RewardRunner:
         """Kills the worker, fails what it was working on, queues the rest of its chunk, starts another worker."""
         chunk = worker.chunk
         self._kill(worker)
-        self._workers[self._workers.index(worker)] = self._start()
+        self._workers.remove(worker)
+        if len(self._workers) < self.reward.workers:
+            self._start()
         if chunk is None:
             return []
         rest = chunk.indices[chunk.done :]
-        lost = len(rest) if self._batches[chunk.name] else 1
+        lost = len(rest) if self._batches[chunk.name] else min(1, len(rest))
         for index in rest[:lost]:
             results[index] = ScoreResult(self._rewards[chunk.name].failed_score, True, reason)
         if rest[lost:]:
@@ -227,71 +338,94 @@ class RewardRunner:
 
     # Processes -------------------------------------------------------------------------------------------------
 
-    def _start(self) -> _Worker:
+    def _start(self) -> None:
+        reward = self.reward
         root = str(Path(megarl.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        network = any(one.network or one.type == "http" for one in self._rewards.values())
+        limits = {
+            "network": network,
+            "memory": int(reward.memory_gib * 2**30),
+            "tasks": reward.max_processes,
+            "cpu": reward.cpu_seconds,
+        }
+        environment = dict(os.environ) if network else without_secrets(os.environ)
+        verdict, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         process = subprocess.Popen(
-            [sys.executable, "-m", "megarl.rewards.worker", str(os.getpid())],
+            [sys.executable, "-m", "megarl.rewards.worker", str(os.getpid()), str(told), json.dumps(limits)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            pass_fds=(told,),
+            env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            bufsize=0,
         )
-        worker = _Worker(process, time.monotonic() + START_SECONDS)
-        os.set_blocking(process.stdout.fileno(), False)
-        self._selector.register(process.stdout, selectors.EVENT_READ, worker)
+        os.close(told)
+        worker = _Worker(process, verdict, time.monotonic() + START_SECONDS)
+        self._workers.append(worker)
+        for pipe in (process.stdin, process.stdout):
+            os.set_blocking(pipe.fileno(), False)
+        for readable in (process.stdout, verdict):
+            self._selector.register(readable, selectors.EVENT_READ, worker)
         rewards = {name: (one.type, self._params[name]) for name, one in self._rewards.items()}
-        try:
-            write_frame(process.stdin, {"sys_path": [p or os.getcwd() for p in sys.path], "rewards": rewards})
-        except BrokenPipeError:
-            pass  # shows as end of file in _read_ready
-        return worker
+        self._write(worker, pack_work({"sys_path": [p or os.getcwd() for p in sys.path], "rewards": rewards}))
 
     def _read_ready(self, worker: _Worker) -> None:
         """Takes the worker's first frame. Raises RunFailed when it could not be built."""
-        data = self._receive(worker)
-        if data is None:
-            if time.monotonic() >= worker.deadline:
-                raise RunFailed(f"reward.type: {self.reward.type} was not ready after {START_SECONDS} s")
-            return
-        for error in take_frames(worker.buffer):
-            if error is not None:
-                raise RunFailed(error)
-            worker.ready = True
-        if not data:
-            raise RunFailed(f"reward.type: {self.reward.type}: its process ended at start ({self._exit_code(worker)})")
-
-    def _exit_code(self, worker: _Worker) -> str:
+        self._receive(worker)
         try:
-            code = worker.process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "closed its output"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            for answer in take_answers(worker.buffer):
+                if "error" in answer:
+                    raise RunFailed(masked(answer["error"]))
+                self._prepares, self.missing = {*answer["prepare"]}, list(answer["missing"])
+                worker.ready = True
+                return
+        except (ValueError, TypeError, KeyError):
+            raise RunFailed(f"reward.type: {self.reward.type}: its process wrote what is no answer") from None
+        if ended := self._verdict(worker):
+            raise RunFailed(f"reward.type: {self.reward.type}: at its start {ended}")
+        if time.monotonic() >= worker.deadline:
+            raise RunFailed(f"reward.type: {self.reward.type} was not ready after {START_SECONDS} s")
 
     def _kill(self, worker: _Worker) -> None:
-        self._selector.unregister(worker.process.stdout)
-        try:
-            os.killpg(worker.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        worker.process.wait()
-        worker.process.stdout.close()
-        try:
-            worker.process.stdin.close()
-        except BrokenPipeError:
-            pass  # a message it never read was still buffered
+        process = worker.process
+        for pipe in (process.stdin, process.stdout, worker.verdict):
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(pipe)
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()  # the warden ends everything below it
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.close(worker.verdict)
+        for pipe in (process.stdout, process.stdin):
+            pipe.close()
 
     def _abandon(self) -> None:
         """After an interrupted call: workers in the middle of a chunk would answer the next call with this one's."""
-        for position, worker in enumerate(self._workers):
-            if worker.chunk is not None:
-                self._kill(worker)
-                self._workers[position] = self._start()
+        for worker in [worker for worker in self._workers if worker.chunk is not None]:
+            self._kill(worker)
+            self._workers.remove(worker)
+        self._retire()
+        while len(self._workers) < self.reward.workers:
+            self._start()
 
 
-def _params(reward: Reward) -> dict[str, Any]:
-    """The params as given; a judge's attempts take the reward's own time limit unless they have one."""
-    return {"timeout": reward.timeout_seconds, **reward.params} if reward.type == "http" else dict(reward.params)
+def _params(name: str | None, reward: Reward) -> dict[str, Any]:
+    """The params as given; a judge's attempts take the reward's own time limit unless they have one.
+
+    References to the environment in a judge's address and headers become their values here, and nowhere else.
+    """
+    if reward.type != "http":
+        return dict(reward.params)
+    key = "reward.params" if name is None else f"reward.named.{name}.params"
+    params = {"timeout": reward.timeout_seconds, **reward.params}
+    for setting in ("url", "headers"):
+        if setting in params:
+            params[setting] = from_environment(params[setting], f"{key}.{setting}")
+    return params
 
 
 def _time_limit(reward: Reward, params: dict[str, Any]) -> float:

@@ -1,76 +1,236 @@
-"""One scoring process: `python -m megarl.rewards.worker PARENT_PID`, frames in on stdin and out on stdout.
+"""One scoring process: `python -m megarl.rewards.worker PARENT_PID VERDICT_FD LIMITS`, frames in and out.
 
-First frame (see `frames`) in: `{"sys_path", "rewards": {name: (type, params)}}`; first frame out: None, or the error text.
-Then for each chunk `[(name, prompt, response, answer, metadata), ...]` of one name: None once what these rows need is
-imported, then one frame `(score, reason, seconds)` per item, written before the next item starts, so that the parent
-always knows which item a hang or a crash belongs to. `reason` is "" for a good score. End of file ends the process.
+Three processes, forked from one interpreter. The warden stays outside and watches memory and processes of all below it.
+The first process of the namespaces (of a pid namespace, where there is one) ends everything in them with itself. The
+worker scores. When it ends, or the warden ends it, one line on VERDICT_FD says why.
+
+First frame (see `frames`) in: `{"sys_path", "rewards": {name: (type, params)}}`; first frame out: `[]` with the names
+whose rows need preparing, or the error text. Then for each chunk `[(name, prompt, response, answer, metadata), ...]` of
+one name: None once what these rows need is imported, then one frame `[position, score, reason, seconds]` per item,
+written before the next item starts, so that the runner always knows which item a hang or a crash belongs to. `reason`
+is "" for a good score. End of file ends the process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import json
 import math
 import os
+import resource
+import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from megarl.rewards.frames import read_frame, write_frame
+from megarl.rewards import sandbox
+from megarl.rewards.frames import read_work, write_answer
 from megarl.rewards.functions import build
 
-PR_SET_PDEATHSIG = 1
+LARGEST = 1e18  # a larger score overflows float32 in the square
+MARGIN = 8  # tasks that the cgroup allows beyond what ends a worker, so that it is ended and not refused
+PREPARING = 600  # seconds of processor time for what is imported between two chunks
+PRINTED = 1 << 16  # bytes of a worker's output that reach the log, each minute
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """SIGKILL on the parent's death: a hung verifier would never see the end of file."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
+# The warden --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parent, verdict, limits = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGTERM)  # a hung verifier would never see the end of file
+    sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:
         os._exit(1)
+    group = sandbox.task_group(limits["tasks"] + MARGIN)
+    folder = tempfile.mkdtemp(prefix="megarl-reward-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    missing = sandbox.new_namespaces(limits["network"])
+    output, printed = os.pipe()
+    first = os.fork()
+    if not first:
+        try:
+            os.close(output)
+            if group is not None:
+                with contextlib.suppress(OSError):
+                    (group / "cgroup.procs").write_text("0")
+            elif os.getuid():
+                sandbox.limit_user_tasks(limits["tasks"] + MARGIN)
+            first_process(limits, missing, printed, verdict)
+        finally:
+            os._exit(1)
+    os.close(printed)
+    for fd in (0, 1):
+        os.close(fd)  # the frames are the worker's
+    signal.signal(signal.SIGTERM, lambda *_: end(first, verdict, "", folder, group))
+    end(first, verdict, watch(first, output, limits), folder, group)
+
+
+def end(first: int, verdict: int, reason: str, folder: str, group: Path | None) -> None:
+    """Kills everything below the warden, says why, removes its temporary folder and its cgroup, and exits."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if reason:
+        with contextlib.suppress(OSError):
+            os.write(verdict, f"{reason}\n".encode())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(first, signal.SIGKILL)
+    sandbox.end_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
+    if group is not None:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+    os._exit(0)
+
+
+def watch(first: int, output: int, limits: dict[str, Any]) -> str:
+    """Passes on what is printed, in measure, until the first process ends or too much is used: why, or ""."""
+    pidfd, left, renewed, open_ = os.pidfd_open(first), PRINTED, time.monotonic(), [output]
+    looked = 0.0
+    while True:
+        ready, _, _ = select.select([pidfd, *open_], [], [], sandbox.INTERVAL)
+        now = time.monotonic()
+        if output in ready:
+            text = os.read(output, 1 << 16)
+            if not text:
+                open_.clear()
+            if now - renewed > 60:
+                left, renewed = PRINTED, now
+            with contextlib.suppress(OSError):
+                os.write(2, text[: max(0, left)])
+                if 0 < left <= len(text):
+                    os.write(2, b"\n[rewards print more than 64 KiB a minute: the rest of it is dropped]\n")
+            left -= len(text)
+        if pidfd in ready:
+            return ""
+        if now - looked >= sandbox.INTERVAL:
+            looked = now
+            reason = sandbox.excess(first, limits["memory"], limits["tasks"])
+            if reason:
+                return reason
+
+
+# The first process of the namespaces -----------------------------------------------------------------------------
+
+
+def first_process(limits: dict[str, Any], missing: list[str], printed: int, verdict: int) -> None:
+    """Starts the worker, reaps whatever loses its parent, and says how the worker ended."""
+    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGKILL)
+    sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not missing:
+        try:
+            sandbox.mount_own_proc()
+        except OSError:
+            missing = ["a /proc of its own"]
+    worker = os.fork()
+    if not worker:
+        try:
+            os.close(verdict)
+            source, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+            # What a verifier prints or reads must not touch the frames.
+            os.dup2(printed, 1)
+            os.dup2(printed, 2)
+            os.close(printed)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            work(source, out, limits, missing)
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(0)
+    for fd in (0, 1, 2, printed):
+        os.close(fd)
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == worker:
+            code = os.waitstatus_to_exitcode(status)
+            os.write(verdict, f"{ending(code, limits)}\n".encode())
+            os._exit(0)
+
+
+def ending(code: int, limits: dict[str, Any]) -> str:
+    if code == -signal.SIGXCPU:
+        return f"used more than {limits['cpu']} s of processor time"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"the scoring process ended ({how})"
+
+
+# The worker --------------------------------------------------------------------------------------------------------
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    try:
+        text = str(error)
+    except BaseException:  # its class is the verifier's own
+        text = "it says nothing"
+    return " ".join(f"{type(error).__name__}: {text[:2000]}".split())[:500]
 
 
 def checked(score: Any) -> tuple[float, str]:
     """A finite float and ""; NaN, "not scorable", and why; or 0.0 and why it is no number."""
+    if isinstance(score, str | bytes | bytearray):
+        return 0.0, f"the reward returned {score[:100]!r}, not a number"
     try:
         value = float(score)
-    except (TypeError, ValueError):
-        return 0.0, f"the reward returned {score!r:.100}, not a number"
-    return (
-        (value, "") if math.isfinite(value) else (value if math.isnan(value) else 0.0, f"the reward returned {value}")
-    )
+    except (TypeError, ValueError, OverflowError):
+        return 0.0, f"the reward returned {type(score).__name__} {score!r:.100}, not a number"
+    if math.isnan(value):
+        return value, "the reward returned nan"
+    if abs(value) > LARGEST:
+        return 0.0, f"the reward returned {value}, not within {LARGEST:g}"
+    return value, ""
 
 
 def score_one(function: Any, item: tuple) -> tuple[float, str]:
     _, prompt, response, answer, metadata = item
     try:
         return checked(function(prompt, response, answer, **metadata))
-    except Exception as error:  # a user's function may raise anything: one failed response, not a dead worker
+    except BaseException as error:  # a function may raise anything, SystemExit too: one failed response
         return 0.0, one_line(error)
 
 
-def score_chunk(function: Any, items: list[tuple], out: BinaryIO) -> None:
+def score_chunk(function: Any, items: list[tuple], out: BinaryIO, cpu: float) -> None:
     """Writes one frame per item; a batched reward (a judge) is called once for all of them."""
+    me, before = os.getpid(), {*sandbox.descendants(os.getpid())}
+    limit_processor_time(PREPARING)
     if hasattr(function, "prepare"):
         with contextlib.suppress(Exception):  # the row at fault says so when it is scored
             function.prepare([item[4] for item in items])
-    write_frame(out, None)
+    write_answer(out, None)
     started = time.perf_counter()
     if hasattr(function, "score_batch"):
         results = score_batch(function, items)
         seconds = (time.perf_counter() - started) / len(items)
-        for score, reason in results:
-            write_frame(out, (score, reason, seconds))
+        for position, (score, reason) in enumerate(results):
+            write_answer(out, [position, score, reason, seconds])
         return
-    for item in items:
+    for position, item in enumerate(items):
+        limit_processor_time(cpu)
         score, reason = score_one(function, item)
+        if os.getpid() != me:
+            os._exit(0)  # a fork that the function has returned from as well
         now = time.perf_counter()
-        write_frame(out, (score, reason, now - started))
-        started = now
+        if has_children() and sandbox.descendants(me).keys() - before and not sandbox.end_descendants(keep=before):
+            os._exit(1)
+        write_answer(out, [position, score, reason, now - started])
+        started = time.perf_counter()
+
+
+def has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def limit_processor_time(seconds: float) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    sandbox.limit(resource.RLIMIT_CPU, used.ru_utime + used.ru_stime + seconds)
 
 
 def score_batch(function: Any, items: list[tuple]) -> list[tuple[float, str]]:
@@ -94,26 +254,25 @@ def load(setup: dict) -> dict:
     return functions
 
 
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(int(sys.argv[1]))
-    source, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # What a verifier prints or reads must not touch the frames.
-    os.dup2(2, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def work(source: BinaryIO, out: BinaryIO, limits: dict[str, Any], missing: list[str]) -> None:
+    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGKILL)
+    sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)  # what a verifier turns into a daemon stays below this process
+    sandbox.limit(resource.RLIMIT_CORE, 0)
+    sandbox.limit(resource.RLIMIT_DATA, limits["memory"])
     try:
-        functions = load(read_frame(source))
+        functions = load(read_work(source))
     except EOFError:
         return
     except RuntimeError as error:
-        return write_frame(out, str(error))
-    write_frame(out, None)
+        return write_answer(out, {"error": str(error)[:4000]})
+    slow = [name for name, function in functions.items() if hasattr(function, "prepare")]
+    write_answer(out, {"prepare": slow, "missing": missing})
     while True:
         try:
-            items = read_frame(source)
+            items = read_work(source)
         except EOFError:
             return
-        score_chunk(functions[items[0][0]], items, out)
+        score_chunk(functions[items[0][0]], items, out, limits["cpu"])
 
 
 if __name__ == "__main__":

@@ -75,11 +75,18 @@ class Engine(Protocol):
     def reset_prefix_cache(self) -> None: ...
 
     def sleep(self, level: int = 1) -> None:
-        """Give device memory back (1: weights to the host; 2: weights dropped); nothing where `capabilities.sleep` is false."""
+        """Generate nothing until `wake`, and where `capabilities.sleep` give device memory back.
+
+        1: weights to the host; 2: weights dropped. The cache is dropped in both.
+        """
         ...
 
     def wake(self, tags: list[str] | None = None) -> None:
         """Take it again: all of it, or `weights` and `kv_cache` apart."""
+        ...
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        """Bytes of `weights` and `kv_cache` on (device, host) now."""
         ...
 
     @property

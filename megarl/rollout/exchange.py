@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl import platform
+from megarl.convert.stacks import Stack, stretch
 from megarl.platform.shared_memory import Mapped
 from megarl.rollout.sync_plan import Exchanged, Piece, Run, SyncPlan, message_bytes
 
@@ -42,16 +43,25 @@ class Exchange:
         )
         self.sending: tuple[list[dist.Work], ...] = ([], [])  # of even and of odd blocks
         self.unread: tuple[list[int], ...] = ([], [])  # receivers that still read the half
+        self._buffers = [0, 0]  # bytes of the messages, without those in the window, of the last even and odd block
+        self.message_bytes = 0  # most of both in the last sync
         self.mapped: Mapped | None = None
         # codes of FP8 are made anew in every sync
         self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
 
-    def blocks(self, held: Mapping[str, Tensor], ahead: bool = True) -> Iterator[Moved]:
+    @property
+    def window_bytes(self) -> int:
+        """This rank's memory that others read messages in."""
+        has_window = self.mapped is None and self.mesh.rank in self.shared
+        return self.shared.windows[self.mesh.rank].nbytes if has_window else 0
+
+    def blocks(self, held: Mapping[str, Tensor | Stack], ahead: bool = True) -> Iterator[Moved]:
         """Every block's pieces with their values, which are gone when the next block is asked for.
 
         `held`: an entry's source -> this rank's parameter, or what is sent of it. `ahead`: the next block is on its way
         while one is used.
         """
+        self._buffers, self.message_bytes = [0, 0], 0
         if self._map(held):
             yield from self._in_place(held)
             return
@@ -75,6 +85,9 @@ class Exchange:
         if not self.is_mappable:
             return False
         needed = {name: held[name] for name in self._sent()}
+        if self.mapped is None and self.mesh.any(any(isinstance(values, Stack) for values in needed.values())):
+            self.is_mappable = False
+            return False
         if self.mesh.any(self.mapped is None or not self.mapped.holds(needed)):
             self.mapped = platform.map_tensors(needed, (self.mesh.rank, self.mesh.world_size), self.mesh.all_gather_object)
             self.is_mappable = self.mapped is not None
@@ -117,7 +130,7 @@ class Exchange:
             self.shared.hear(receiver, TOPICS.index("read"))
         self.sending[half].clear(), self.unread[half].clear()
 
-    def _post(self, number: int, held: Mapping[str, Tensor]) -> dict[int, Message]:
+    def _post(self, number: int, held: Mapping[str, Tensor | Stack]) -> dict[int, Message]:
         """Start a block's messages; returns those that will be received, by sender. After the last block: none."""
         if number >= len(self.schedule):
             return {}
@@ -129,13 +142,15 @@ class Exchange:
             if sender != self.mesh.rank and sender not in self.shared:
                 buffers[sender] = _empty(message_bytes(runs))
                 operations.append(self._operation(dist.irecv, buffers[sender], sender))
+        self._buffers[half] = sum({o.tensor.data_ptr(): o.tensor.nbytes for o in operations}.values())
+        self.message_bytes = max(self.message_bytes, sum(self._buffers))
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) < len(operations):  # NCCL makes one of all
             works = works * len(operations)
         self.sending[half].extend(works[:sends])
         return {sender: Message(buffer, work) for (sender, buffer), work in zip(buffers.items(), works[sends:], strict=True)}
 
-    def _send(self, block: Exchanged, held: Mapping[str, Tensor], half: int) -> list[dist.P2POp]:
+    def _send(self, block: Exchanged, held: Mapping[str, Tensor | Stack], half: int) -> list[dist.P2POp]:
         """Pack the messages of a block, equal ones once; returns those that have to be sent."""
         operations, packed, at = [], {}, half * self.middle
         for receiver, runs in block.outgoing.items():
@@ -158,7 +173,7 @@ class Exchange:
     def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, peer, self.mesh.world_group)
 
-    def _collect(self, block: Exchanged, held: Mapping[str, Tensor], works: dict[int, Message]) -> Moved:
+    def _collect(self, block: Exchanged, held: Mapping[str, Tensor | Stack], works: dict[int, Message]) -> Moved:
         """A block's own pieces and, once they are there, the others'."""
         moved = [(run, _values(run, held)) for run in block.incoming.get(self.mesh.rank, [])]
         for sender, runs in block.incoming.items():
@@ -194,11 +209,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _values(run: Run, held: Mapping[str, Tensor]) -> Tensor:
+def _values(run: Run, held: Mapping[str, Tensor | Stack]) -> Tensor:
     parameter = held[run.first.entry.source]
     if run.start is None:
         return values_of(run.first, parameter)
-    return parameter.view(-1)[run.start : run.start + run.count]
+    return stretch(parameter, run.start, run.count)
 
 
 def _places(runs: list[Run], buffer: Tensor) -> Iterator[Tensor]:
@@ -222,7 +237,7 @@ def pieces_of(run: Run, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         at += size
 
 
-def values_of(piece: Piece, parameter: Tensor) -> Tensor:
+def values_of(piece: Piece, parameter: Tensor | Stack) -> Tensor:
     """A piece's values as the sender has them."""
     part = parameter[piece.local]
     return part if piece.order is None else part.permute(piece.order)

@@ -51,12 +51,14 @@ def _taken_for_granted(spec: ModelSpec) -> list[tuple[bool, str]]:
     }.get(spec.family, [])
 
 
-def overrides(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(spec: ModelSpec, config: Mapping[str, Any], head_dtype: str | None = None) -> dict[str, Any]:
     """Keys that vLLM asks for and this config.json lacks, since transformers leaves out those with one possible value.
 
-    And the groups of experts: with `topk_method: greedy` transformers looks at none, vLLM at those of config.json.
+    And the groups of experts: with `topk_method: greedy` transformers looks at none, vLLM at those of config.json. And
+    `head_dtype`, the precision of the output layer's product, if it is another than the model's.
     """
     table = family(spec.family)
     out = {key: value for key, value in table.implied().items() if key not in config}
     written = table.write_config(spec)
+    out |= {"head_dtype": head_dtype} if head_dtype else {}
     return out | {key: written[key] for key in ("n_group", "topk_group") if key in written}

@@ -32,6 +32,7 @@ from megarl.types import Prompt, PromptGroup, Trajectory
 if TYPE_CHECKING:
     from megarl.parallel import Mesh
 
+LARGEST_LOG_PROB = 1e-3  # rounding
 GREEDY_BELOW = 1e-5  # vLLM's own border
 
 
@@ -66,6 +67,7 @@ class VLLMEngine:
         mesh: Mesh,
         load: bool = True,
         fp8: Fp8Weights | None = None,
+        head_dtype: str | None = None,
     ) -> None:
         degree, ranks = rollout_cfg.tensor_parallel, rollout_cfg.tensor_parallel * rollout_cfg.data_parallel
         if mesh.world_size % ranks:
@@ -84,7 +86,7 @@ class VLLMEngine:
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
         with vllm_patches.starting(mesh.rank % ranks, mesh.local_rank):
-            self._llm = self._start(model_path, dtype, load)
+            self._llm = self._start(model_path, dtype, load, head_dtype)
         vllm_patches.after_start(self._runner)
         if rollout_cfg.routed_experts:
             self._check_record()
@@ -95,7 +97,7 @@ class VLLMEngine:
         self._tokenizer = _tokenizer(model_path)
         self._stop_ids = stop_token_ids(model_path, self._tokenizer)
 
-    def _start(self, model_path: str, dtype: str, load: bool) -> Any:
+    def _start(self, model_path: str, dtype: str, load: bool, head_dtype: str | None) -> Any:
         from vllm import LLM
 
         vllm_patches.install()
@@ -106,7 +108,7 @@ class VLLMEngine:
                 f"rollout.routed_experts = true: vLLM {vllm_patches.version()} does not record experts; install 0.30, "
                 "or set it to false and rl.routing_replay to none or old"
             )
-        changes = overrides(spec, read_config(model_path))
+        changes = overrides(spec, read_config(model_path), head_dtype)
         if self.fp8 is not None:
             precisions = [str(known).removeprefix("torch.") for known in vllm_fp8.precisions()]
             if dtype not in precisions:
@@ -118,6 +120,7 @@ class VLLMEngine:
         try:
             return LLM(
                 model_path,
+                trust_remote_code=False,
                 hf_overrides=changes,
                 dtype=dtype,
                 seed=self.seed,
@@ -243,6 +246,7 @@ class VLLMEngine:
         return engine.vllm_config.parallel_config.has_unfinished_dp(engine.dp_group, flag)
 
     def _trajectory(self, group_id: str, index: int, prompt: Prompt, response: Response, text: str) -> Trajectory:
+        check_response(response, self._spec.vocab_size)
         tokens = response.token_ids
         log_probs = response.log_probs or [np.nan] * len(tokens)
         return Trajectory(
@@ -341,12 +345,16 @@ class VLLMEngine:
         return len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
 
     def sleep(self, level: int = 1) -> None:
-        if self.capabilities.sleep:
-            self._llm.sleep(level)
+        self._llm.sleep(level)
 
     def wake(self, tags: list[str] | None = None) -> None:
-        if self.capabilities.sleep:
-            self._llm.wake_up(tags)
+        self._llm.wake_up(tags)
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        weights, cache = vllm_patches.memory(self._runner)
+        if self._direct is not None:
+            weights = weights[0], weights[1] + self._direct.hidden_bytes()
+        return {"weights": weights, "kv_cache": cache}
 
     @property
     def rng_state(self) -> dict[str, Any]:
@@ -383,6 +391,24 @@ def _extend(response: Response, output: Any) -> None:
         response.finish_reason = str(output.finish_reason)
 
 
+def check_response(response: Response, vocab_size: int) -> None:
+    """Raises RunFailed for what no sampling gives: a wrong count, a token outside the vocabulary, a log-prob above 0."""
+    tokens, log_probs = np.asarray(response.token_ids), np.asarray(response.log_probs, np.float64)
+    what = None
+    if not len(tokens) or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab_size:
+        what = f"{len(tokens)} tokens, not all of them within 0 .. {vocab_size - 1}"
+    elif log_probs.shape not in ((0,), tokens.shape):
+        what = f"{len(log_probs)} log-probs of {len(tokens)} tokens"
+    elif not (log_probs <= LARGEST_LOG_PROB).all():  # nan is not either
+        what = f"the log-prob {log_probs[~(log_probs <= LARGEST_LOG_PROB)][0]}"
+    elif response.finish_reason not in ("stop", "length"):
+        what = f"the end {response.finish_reason!r:.40}"
+    elif any(rows.ndim != 3 or rows.shape[1:] != response.routed_experts[0].shape[1:] for rows in response.routed_experts):
+        what = f"routed experts of shapes {[rows.shape for rows in response.routed_experts]}"
+    if what is not None:
+        raise RunFailed(f"rollout: vLLM returned {what}; its version or its weights are broken (megarl verify sync)")
+
+
 def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
     """The end tokens of a checkpoint: those of generation_config.json, config.json and the tokenizer together."""
     ids = {tokenizer.eos_token_id}
@@ -396,7 +422,7 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
 def _tokenizer(model_path: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path)
+    return AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from megarl.rollout.fp8_weights import Coded
 from megarl.rollout.sync_plan import LearnerLayout, Piece, SyncPlan, Traffic
 
 if TYPE_CHECKING:
+    from megarl.learner.host_parked import HostParked
     from megarl.parallel import Mesh
     from megarl.rollout.vllm_engine import VLLMEngine
 
@@ -75,20 +77,26 @@ class WeightSync:
     """Brings the weights of a learner of this layout into these engines. Collective over the world, as is `run`.
 
     Full tensors go to an engine that can only be reloaded by vLLM's own machinery; `engine.reload_reason` says why.
+    `weights`: where the learner's may be parked on the host; they are then read from there, a layer at a time.
     """
 
-    def __init__(self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine) -> None:
+    def __init__(
+        self, spec: ModelSpec, parallel: Parallel, mesh: Mesh, engine: VLLMEngine, weights: HostParked | None = None
+    ) -> None:
         learner = LearnerLayout.of(parallel, mesh.world_size, spec.num_layers)
         whole = engine.reload_reason is not None  # vLLM wants an expert's tensors one after another
         portion = 0 if whole else platform.block_bytes()
         self.plan = SyncPlan(spec, engine.dtype, learner, engine.degrees, whole, portion, engine.fp8)
         self.mesh, self.engine, self.exchange = mesh, engine, Exchange(self.plan, mesh)
+        self.weights = weights
         self.copy_speed = measure_copy(min(self.plan.largest_layer_bytes, COPIED))
 
     def run(self, chunks: list[nn.Module], policy_version: int) -> SyncReport:
         """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
         start = time.perf_counter()
         held = self.held(chunks)
+        if self.weights is not None and self.weights.is_parked:  # their places on the host change from sync to sync
+            self.exchange.is_mappable = False
         self._check(held)
         if self.plan.whole:
             self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)
@@ -97,9 +105,20 @@ class WeightSync:
         platform.synchronize()
         return SyncReport(time.perf_counter() - start, self.plan.traffic(self.mesh.rank), self.copy_speed)
 
+    @property
+    def window_bytes(self) -> tuple[int, int]:
+        """(device, host) bytes that a sync's messages have for good."""
+        return _placed(self.exchange.window_bytes)
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """(device, host) bytes that the last sync needed beside the weights, at most at one time."""
+        return _placed(self.exchange.window_bytes + self.exchange.message_bytes)
+
     def held(self, chunks: list[nn.Module]) -> Mapping[str, Tensor]:
-        """Megatron name -> this rank's parameter; what of it is sent, where that is something else."""
-        parameters = {name: tensor.detach() for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        """Megatron name -> this rank's parameter, to read, on the host where it is parked there; or what is sent of it."""
+        view = self.weights.view if self.weights is not None else torch.Tensor.detach
+        parameters = {name: view(tensor) for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
         return parameters if self.plan.fp8 is None else Coded(parameters, self.plan, self.mesh.rank)
 
     def _check(self, held: Mapping[str, Tensor]) -> None:
@@ -125,10 +144,16 @@ class WeightSync:
     def stream(self, chunks: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """`stream_hf` of the learner, each tensor as the plan moves it."""
         dtypes = {entry.hf_name: getattr(torch, entry.dtype) for entry in self.plan.entries}
-        tensors = stream_hf(chunks, self.plan.spec, self.mesh)
-        if self.plan.fp8 is not None:
-            tensors = self.plan.fp8.stream(tensors)
-        return ((name, tensor.to(dtypes[name])) for name, tensor in tensors)
+        with self.weights.on_device() if self.weights is not None else nullcontext():
+            tensors = stream_hf(chunks, self.plan.spec, self.mesh)
+            if self.plan.fp8 is not None:
+                tensors = self.plan.fp8.stream(tensors)
+            for name, tensor in tensors:
+                yield name, tensor.to(dtypes[name])
+
+
+def _placed(size: int) -> tuple[int, int]:
+    return (0, size) if platform.name() == "cpu" else (size, 0)
 
 
 def _joined(pieces: list[tuple[Piece, Tensor]]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from megarl.metrics import Max, Metric, Sum, Writer, open_writer
 from megarl.models.generate import ensure_checkpoint
 from megarl.parallel import Mesh
 from megarl.platform.signals import StopSignal
-from megarl.trainers.display import Display, Phases
+from megarl.trainers.alarms import Alarms
+from megarl.trainers.display import Display, Phases, task
+from megarl.trainers.failed_step import save_micro_batches
+from megarl.trainers.watchdog import Watchdog
 from megarl.types import MicroBatch
 
 
@@ -54,15 +58,19 @@ class Loop:
     display: Display
     clock: Clock
     total: int
+    alarms: Alarms
     done: int = 0  # steps finished
+    around_checkpoint: Callable[[], AbstractContextManager] = nullcontext  # brings back what is to be saved
 
     @classmethod
     def open(cls, cfg: Config, mesh: Mesh, part: str, total: int, register: dict[str, Any]) -> Loop:
         """Restore the newest checkpoint when `resume` is auto, and open the sinks after it. Collective."""
         folder = Path(cfg.run_dir) / part
-        checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep)
+        settings = cfg.model_dump(mode="json")
+        checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep, settings)
         clock = Clock()
-        for name, owner in {**register, "clock": clock}.items():
+        alarms = Alarms(cfg.alarms)
+        for name, owner in {**register, "clock": clock, "alarms": alarms}.items():
             checkpointer.register(name, owner)
         resumed = checkpointer.load_latest() if cfg.resume == "auto" else None
         writer = open_writer(
@@ -71,13 +79,22 @@ class Loop:
             resume_step=resumed,
             tensorboard=cfg.log.tensorboard,
             wandb=cfg.log.wandb,
-            config=cfg.model_dump(mode="json"),
+            config=settings,
         )
         display = Display(part, total, start=resumed or 0, is_main=mesh.is_main, stream=launcher.terminal())
-        phases = Phases(on_enter=display.phase, synchronize=platform.synchronize)
-        loop = cls(
-            cfg, mesh, folder, checkpointer, StopSignal.install(), phases, writer, display, clock, total, resumed or 0
-        )
+        watchdog = Watchdog.current
+
+        def enter(name: str) -> None:
+            display.phase(name)
+            if watchdog is not None:
+                watchdog.enter(name)
+
+        phases = Phases(on_enter=enter, synchronize=platform.synchronize)
+        alarms.note = display.note
+        stop = StopSignal.install()
+        loop = cls(cfg, mesh, folder, checkpointer, stop, phases, writer, display, clock, total, alarms, resumed or 0)
+        for note in checkpointer.notes:
+            display.note(note)
         if resumed:
             display.note(f"{part}: resumed after step {resumed} from {folder / 'checkpoints'}")
         return loop
@@ -87,23 +104,57 @@ class Loop:
 
         The stop flag is reduced over the ranks here, at the step boundary, and a checkpoint is written before leaving.
         """
-        saved = self.done
+        saved = start = self.done
         while self.done < self.total:
+            if Watchdog.current is not None:
+                Watchdog.current.at_step(self.done + 1)
             with _profiled(self.cfg.log.profile_steps, self.done + 1, self.folder, self.mesh):
                 metrics = {**step(self.done + 1), "clock/seconds": self.clock.seconds()}
             self.done += 1
+            metrics |= self.alarms.observe(self.done, metrics)
             self.writer.write(self.done, metrics)
             self.display.update(self.done, metrics)
-            stopping = self.mesh.any(self.stop.requested)
+            if self.alarms.ended_by:
+                raise RunFailed(f"{self.folder.name} step {self.done}: {self.alarms.ended_by}")
+            stopping = self.mesh.any(self.stop.requested) or self.done - start == self.cfg.checkpoint.stop_after
             every = self.cfg.checkpoint.every
             if stopping or self.done == self.total or (every and self.done % every == 0):
-                with self.phases("checkpoint"):
-                    self.checkpointer.save(self.done)
+                last = stopping or self.done == self.total
+                with self.phases("checkpoint"), self.around_checkpoint():
+                    self.checkpointer.save(self.done, wait=last or not self.cfg.checkpoint.async_save)
                 saved = self.done
+            else:
+                self.checkpointer.poll()
             if stopping and self.done < self.total:
                 self.display.note(f"stopped after step {saved}; set resume=auto to continue")
                 return False
         return True
+
+    def check_applied(self, result: StepResult, micro: list[MicroBatch], number: int, role: str = "policy") -> None:
+        """Keeps the micro-batches of an optimizer step that was not applied, and counts it.
+
+        Raises RunFailed when that ends the run: nothing was changed, and going on would hide it.
+        """
+        if result.applied:
+            return
+        again = f"_{self.alarms.skips_now + 1}" if self.alarms.skips_now else ""
+        kept = self.folder / "failed" / f"step_{number:06d}{again}_rank{self.mesh.rank}.safetensors"
+        save_micro_batches(kept, micro, role)
+        wrong = {
+            "nonfinite": f"the gradient norm is {result.grad_norm:.4g}, or the loss is not finite",
+            "grad_norm": f"the gradient norm is {result.grad_norm:.4g}, above alarms.grad_norm",
+            "loss": "the loss is above alarms.loss",
+        }[result.refused]
+        where = f"{self.folder.name} step {number}{': critic' if role == 'critic' else ''}"
+        then = f"no weight was changed. Its micro-batches are in {kept}: `megarl replay` shows where it comes from."
+        self.alarms.refused(number, result.refused, f"{where}: {wrong}; {then}")
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """The export after the last step, as a person sees it."""
+        shown = task("export to Hugging Face", is_main=self.mesh.is_main, stream=launcher.terminal())
+        with self.phases("export"), shown:
+            yield
 
     def end_at(self, step: int, why: str) -> None:
         """`step` becomes the last one, before `total` was reached; the same call on every rank."""
@@ -111,6 +162,7 @@ class Loop:
         self.total = self.display.total = step
 
     def close(self) -> None:
+        self.checkpointer.settle(self.cfg.log.grace_seconds)
         self.display.close()
         self.writer.close()
 
@@ -160,19 +212,6 @@ def start_path(cfg: Config, mesh: Mesh, part: str, init_from: str) -> str:
             )
         return str(path)
     return starting_checkpoint(cfg, mesh)
-
-
-def check_applied(result: StepResult, where: str, kept: Path | None = None) -> None:
-    """Raises RunFailed for a step whose gradient was not finite: nothing was changed, and going on would hide it.
-
-    `kept`: where the step's micro-batches were saved.
-    """
-    if not result.applied:
-        saved = f" Its micro-batches are in {kept}." if kept is not None else ""
-        raise RunFailed(
-            f"{where}: the gradient norm is {result.grad_norm}; no weight was changed.{saved} "
-            "Lower the learning rate, or look at the step's trajectories in rollouts/"
-        )
 
 
 def memory_metrics() -> dict[str, Metric]:

@@ -33,8 +33,9 @@ SPARK = "▁▂▃▄▅▆▇█"
 class Phases:
     """Seconds per phase of a step: `with phases("generate"): ...`.
 
-    A phase entered twice adds up; nested phases are counted in both. `on_enter` is told the name, so that a display
-    can show it; `synchronize` runs before each clock reading, for devices that work asynchronously.
+    A phase entered twice adds up; nested phases are counted in both. `on_enter` is told the name, and after it that of
+    where one is again, so that a display can show it; after an exception nothing. `synchronize` runs before each clock
+    reading, for devices that work asynchronously.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Phases:
         self._on_enter = on_enter or (lambda name: None)
         self._synchronize = synchronize or (lambda: None)
         self._seconds: dict[str, float] = {}
+        self._inside = ["between phases"]
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self._inside.append(name)
         self._on_enter(name)
         self._synchronize()
         start = time.perf_counter()
@@ -55,6 +58,8 @@ class Phases:
         finally:
             self._synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._inside.pop()
+        self._on_enter(self._inside[-1])
 
     def seconds(self, name: str) -> float:
         """Seconds of the phase since the last `metrics()`; 0 if it was not entered."""

@@ -31,7 +31,7 @@ def run(cfg: Config, checkpoint: Path | None = None) -> None:
         tokenizer = load_tokenizer(path, cfg.model.chat_template)
         prompts = eval_prompts(cfg, tokenizer, _context(path))
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh)
+            engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, head_dtype=cfg.model.head_dtype)
         with task(f"evaluate {path}", is_main=mesh.is_main, stream=launcher.terminal()):
             results = evaluate(cfg, mesh, engine, rewards, prompts)
         if mesh.is_main:

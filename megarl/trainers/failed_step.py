@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,8 +17,11 @@ PACKING = ("tokens", "position_ids", "cu_seqlens", "targets", "last_rows")  # ev
 REPLAY = "experts"  # only where routing is replayed
 
 
-def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
-    """Write every tensor of one rank's micro-batches as safetensors; the file appears whole."""
+def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch], role: str = "policy") -> None:
+    """Write every tensor of one rank's micro-batches as safetensors; the file appears whole.
+
+    `role`: whose optimizer step it was: policy, critic or reward.
+    """
     tensors: dict[str, Tensor] = {}
     for number, micro in enumerate(micro_batches):
         tensors |= {f"{number}.{name}": getattr(micro, name) for name in PACKING}
@@ -27,8 +30,18 @@ def save_micro_batches(path: Path, micro_batches: Sequence[MicroBatch]) -> None:
         tensors |= {f"{number}.batch.{name}": value for name, value in values.items() if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, partial, metadata={"role": role})
     partial.replace(path)
+
+
+def role_of(path: Path) -> str:
+    """Whose optimizer step the micro-batches are of: policy, critic or reward. Raises BadInput when the file says none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()["role"]
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise BadInput(f"{path}: holds no micro-batches ({' '.join(str(error).split())[:100]})") from None
 
 
 def load_micro_batches(path: Path) -> list[MicroBatch]:

@@ -17,7 +17,7 @@ from megarl.errors import BadInput
 from megarl.learner.policy import Policy
 from megarl.metrics import Mean, Metric, merge, reduce_metrics
 from megarl.parallel import Mesh
-from megarl.trainers.common import Loop, check_applied, finish_export, learner_tokens, memory_metrics, start_path
+from megarl.trainers.common import Loop, finish_export, learner_tokens, memory_metrics, start_path
 from megarl.trainers.display import task
 from megarl.types import Batch, MicroBatch, SequenceShards
 
@@ -31,7 +31,7 @@ def run(cfg: Config) -> None:
     trainer = RewardModelTrainer(cfg, mesh)
     try:
         if trainer.loop.run(trainer.step):
-            with task("export to Hugging Face", is_main=mesh.is_main, stream=launcher.terminal()):
+            with trainer.loop.exporting():
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
     finally:
         trainer.loop.close()
@@ -84,8 +84,9 @@ class RewardModelTrainer:
         with phases("data"):
             packed = self._pack(self.data.next(own.batch_size))
         with phases("update"):
-            result = self.policy.train_step(packed, partial(preference_loss, pairs=own.batch_size))
-        check_applied(result, f"reward_model step {number}")
+            most = self.loop.alarms.most("reward_model/loss", "reward_model/grad_norm_max")
+            result = self.policy.train_step(packed, partial(preference_loss, pairs=own.batch_size), most)
+            self.loop.check_applied(result, packed, number, "reward")
         metrics: dict[str, Metric] = {RENAMED.get(name, name): value for name, value in result.metrics.items()}
         if self.validation and (number == own.steps or (own.validate_every and number % own.validate_every == 0)):
             with phases("validation"):

@@ -15,7 +15,7 @@ from megarl.config.schema import Config
 from megarl.data import PromptSource, load_tokenizer, micro_batches
 from megarl.errors import BadInput, RunFailed
 from megarl.learner.host_parked import HostParked
-from megarl.learner.policy import Policy, StepResult
+from megarl.learner.policy import Policy
 from megarl.learner.probes import probe_log_probs
 from megarl.metrics import Mean, Metric, cut_jsonl, merge, reduce_metrics
 from megarl.parallel import GroupSum, Mesh
@@ -36,20 +36,19 @@ from megarl.rollout.weight_sync import (
 from megarl.trainers import rl_batch
 from megarl.trainers.common import (
     Loop,
-    check_applied,
     finish_export,
     memory_metrics,
     start_path,
 )
 from megarl.trainers.display import task
 from megarl.trainers.evaluate import eval_prompts, evaluate, write_results
-from megarl.trainers.failed_step import save_micro_batches
 from megarl.trainers.group_pool import GroupPool
 from megarl.trainers.losses import critic_loss, engine_gap, rl_loss
 from megarl.trainers.rollout_files import check_experts, check_files, read_groups, rollout_file, write_groups
 from megarl.trainers.routing import RoutingWatch, replay_recorded, replay_rollout, routed_load
 from megarl.trainers.scoring import Scorer, part_metrics
 from megarl.trainers.sync_metrics import sync_metrics
+from megarl.trainers.turns import MemoryLedger, Turns
 from megarl.types import Batch, MicroBatch, PromptGroup, SequenceShards
 
 
@@ -68,7 +67,7 @@ def run(cfg: Config, from_rollouts: Path | None = None) -> None:
         try:
             trainer.prepare()
             if trainer.loop.run(trainer.step):
-                with task("export to Hugging Face", is_main=trainer.mesh.is_main, stream=launcher.terminal()):
+                with trainer.loop.exporting(), trainer.turns.learner_alone():
                     finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, trainer.start_path)
                 trainer.report()
         finally:
@@ -116,22 +115,28 @@ class RLTrainer:
             )
         spec = self.policy.spec
         self.fp8 = Fp8Weights.of(spec, cfg.model, cfg.rollout)
+        self.turns = Turns(cfg.memory, [self.policy, *([self.critic] if self.critic else [])])
+        self.turns.make_room()
+        how = dict(load=False, fp8=self.fp8, head_dtype=cfg.model.head_dtype)
         with task("start vLLM", is_main=mesh.is_main, stream=launcher.terminal()):
-            self.engine = VLLMEngine(
-                self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=self.fp8
-            )
-        self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine)
+            self.engine = VLLMEngine(self.start_path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
+        self.turns.start(self.engine)
+        self.weight_sync = WeightSync(spec, cfg.parallel, self.mesh, self.engine, self.policy.parked["weights"])
+        self.ledger = self._ledger()
         self.probes = make_probes(spec.vocab_size, cfg.rollout.probe_sequences, self.engine.probe_length)
         self.sync_report: SyncReport | None = None
         self.sync_gap: SyncGap | None = None
         self.pool = GroupPool(self.algorithm)
         owners = {"policy": self.policy, "data": self.data, "groups": self.pool}
         self.loop = Loop.open(cfg, mesh, "rl", rl.steps, owners | ({"critic": self.critic} if self.critic else {}))
+        self.loop.around_checkpoint = self.turns.learner_alone
         self.loop.display.note(
             f"rl: {mesh.describe()}; {len(self.data)} prompts, dropped {dict(self.data.dropped)}; "
             f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step in "
             f"{rl.optimizer_steps_per_rollout} optimizer steps"
         )
+        if rewards.missing:
+            self.loop.display.note(f"warning: reward workers go without {', '.join(rewards.missing)}: not allowed here")
         budget = cfg.rollout.max_response_tokens
         for line in algorithms.warnings(self.algorithm, rl.optimizer_steps_per_rollout, budget):
             self.loop.display.note(f"warning: {line}")
@@ -157,6 +162,9 @@ class RLTrainer:
         """One rollout and its optimizer steps; returns the step's reduced metrics."""
         phases, rl = self.loop.phases, self.cfg.rl
         groups, metrics = self.rollout(number)
+        self.ledger.record("rollout")
+        with phases("offload"):
+            self.turns.learn()
         with phases("prepare"):
             batch = rl_batch.assemble(groups, self.algorithm)
             parts = rl_batch.split(batch, rl.optimizer_steps_per_rollout, seed=self.cfg.seed * 1_000_003 + number)
@@ -171,9 +179,15 @@ class RLTrainer:
         with phases("prepare"):
             batch, decided = self._decide(batch, parts, packed)
             merge(metrics, decided)
+        self.ledger.record("log_probs")
+        with phases("offload"):
+            self.turns.update()
         with phases("update"):
-            for micro in packed:
+            for micro in packed if not self._leaves_out(number, metrics) else ():
                 merge(metrics, self._update(micro, number))
+        self.ledger.record("update")
+        with phases("offload"):
+            self.turns.updated()
         if self.watch is not None:
             with phases("routing"):
                 merge(metrics, self.watch.after(batch))
@@ -265,6 +279,7 @@ class RLTrainer:
                 for micro in packed:
                     for one, log_probs in zip(micro, model.log_probs(micro)[0], strict=False):
                         one.batch.ref_log_probs = log_probs
+                self.ledger.record("reference")
         if self.critic is not None:
             for micro in packed:
                 for one, values in zip(micro, self.critic.values(micro), strict=False):
@@ -291,23 +306,26 @@ class RLTrainer:
         """One optimizer step of the critic, if there is one, and of the policy, unless the critic is warming up."""
         metrics: dict[str, Metric] = {}
         if self.critic is not None:
-            result = self.critic.train_step(micro, self.critic_loss)
-            self._check_applied(result, micro, number)
+            most = self.loop.alarms.most("critic/loss", "")
+            result = self.critic.train_step(micro, self.critic_loss, most)
+            self.loop.check_applied(result, micro, number, "critic")
             metrics |= result.metrics
         if number > self._warmup_steps():
-            result = self.policy.train_step(micro, self.loss)
-            self._check_applied(result, micro, number)
+            most = self.loop.alarms.most("", "policy/grad_norm_max")
+            result = self.policy.train_step(micro, self.loss, most)
+            self.loop.check_applied(result, micro, number)
             metrics |= result.metrics
             if self.watch is not None:
                 metrics |= routed_load(self.policy, micro, result.routing)
         return metrics
 
-    def _check_applied(self, result: StepResult, micro: list[MicroBatch], number: int) -> None:
-        """Raises RunFailed for a step that changed nothing, after keeping what it was computed from."""
-        where = self.loop.folder / "failed" / f"step_{number:06d}_rank{self.mesh.rank}.safetensors"
-        if not result.applied:
-            save_micro_batches(where, micro)
-        check_applied(result, f"rl step {number}", kept=where)
+    def _leaves_out(self, number: int, metrics: Mapping[str, Metric]) -> bool:
+        """Whether an alarm has the step's updates left out. Collective where one may."""
+        alarms = self.loop.alarms
+        if not alarms.asks_before_update:
+            return False
+        known = {name: metrics[name] for name in ("response/length_mean", "gap/logprob_mean") if name in metrics}
+        return alarms.skips_update(number, reduce_metrics(known, self.mesh.all_gather_object))
 
     def loss(self, batch: Batch, log_probs: Tensor, entropy: Tensor, shards: SequenceShards) -> Any:
         """This micro-batch's share of the step's loss, and its metrics."""
@@ -319,15 +337,17 @@ class RLTrainer:
 
     def sync(self) -> None:
         """Learner -> engine, and the check that both then give the same log-probs. Raises RunFailed when they do not."""
-        policy, cfg, chunks = self.policy, self.cfg, self.policy.modules
+        policy, cfg, chunks, fp8 = self.policy, self.cfg, self.policy.modules, self.fp8
+        learner = probe_log_probs(policy, self.probes, fp8) if cfg.rollout.sync_check != "none" else []
+        self.turns.sync()
         self.sync_report = self.weight_sync.run(chunks, policy.updates)
+        self.ledger.record("sync", sync_buffers=self.weight_sync.buffer_bytes)
+        self.turns.sample()
         if cfg.rollout.sync_check == "none":
             return
         if cfg.rollout.sync_check == "full":
             check_checksums(self.weight_sync, chunks)
-        fp8 = self.fp8
         threshold = cfg.rollout.sync_threshold or default_threshold(cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None)
-        learner = probe_log_probs(policy, self.probes, fp8)
         self.sync_gap = check_sync(self.weight_sync, chunks, self.probes, learner, threshold)
 
     def evaluate(self, number: int) -> dict[str, float]:
@@ -355,7 +375,7 @@ class RLTrainer:
         if self.eval_prompts and (number == cfg.rl.steps or (cfg.eval.every and number % cfg.eval.every == 0)):
             evaluated = self.evaluate(number)
         if cfg.export.every and number % cfg.export.every == 0:
-            with phases("export"):
+            with phases("export"), self.turns.learner_alone():
                 finish_export(self.policy, self.loop.folder / f"hf_step_{number:06d}", cfg, self.start_path)
         for name in ("policy/loss", "critic/loss"):
             if name in metrics:
@@ -366,7 +386,7 @@ class RLTrainer:
             "sync/seconds": Mean(seconds["sync"]),
             **sync_metrics(self.sync_report, self.sync_gap),
         }
-        metrics |= phases.metrics() | memory_metrics()
+        metrics |= phases.metrics() | memory_metrics() | self.ledger.metrics()
         reduced = reduce_metrics(metrics, self.mesh.all_gather_object) | evaluated
         if "critic/error_std" in reduced:
             error = reduced.pop("critic/error_std")
@@ -408,6 +428,20 @@ class RLTrainer:
             total_steps=rl.steps * rl.optimizer_steps_per_rollout,
         )
 
+    def _ledger(self) -> MemoryLedger:
+        ledger = MemoryLedger()
+        for owner, parked in self.policy.parked.items():
+            ledger.own(f"policy_{owner}", lambda parked=parked: parked.storages)
+        if self.reference is not None:
+            ledger.own("reference", lambda: self.reference[1].storages)
+        if self.critic is not None:
+            ledger.own("critic", lambda: [storage for one in self.critic.parked.values() for storage in one.storages])
+        ledger.own("reward_model", lambda: self.scorer.storages)
+        for part in ("weights", "kv_cache"):
+            ledger.own(f"engine_{part}", lambda part=part: self.engine.memory()[part])
+        ledger.own("sync_buffers", lambda: self.weight_sync.window_bytes)
+        return ledger
+
     def _routing_watch(self) -> RoutingWatch | None:
         if self.policy.routing is None or not self.cfg.log.routing_tokens:
             return None
@@ -419,4 +453,4 @@ class RLTrainer:
             return None
         path, cfg = self.cfg.rl.reference or self.start_path, self.cfg
         model = Policy.from_hf(path, cfg, self.mesh, role="reference", temperature=cfg.rollout.temperature)
-        return model, HostParked(model.modules)
+        return model, HostParked.modules(model.modules)

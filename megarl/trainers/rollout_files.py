@@ -56,12 +56,14 @@ def read_groups(path: Path) -> list[PromptGroup]:
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 ({error.reason}); give a rollouts/ folder of a run") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a rollouts/ folder with a file for every step") from None
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(from_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append(from_row(_checked(json.loads(line))))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not a trajectory ({type(error).__name__}: {error})") from None
     return to_groups(rows)
 
@@ -135,5 +137,26 @@ def from_row(row: dict[str, Any]) -> tuple[Prompt, Trajectory]:
     )
 
 
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, if its values are of the kinds that `to_row` writes. Raises ValueError, KeyError or TypeError."""
+    for key in ("group_id", "prompt_id", "source", "prompt", "response", "finish_reason"):
+        if not isinstance(row[key], str):
+            raise TypeError(f"{key} is {row[key]!r:.60}, not a text")
+    for key in ("prompt_ids", "response_ids"):
+        if not isinstance(row[key], list) or any(type(token) is not int or not 0 <= token < 2**31 for token in row[key]):
+            raise TypeError(f"{key} is not a list of token ids")
+    for key in ("response_mask", "rollout_log_probs", "policy_version"):
+        if not isinstance(row[key], list) or len(row[key]) != len(row["response_ids"]):
+            raise ValueError(f"{key} has not one value for each of {len(row['response_ids'])} tokens")
+    for key in ("score", "shaped_reward"):
+        if row[key] is not None and (isinstance(row[key], bool) or not isinstance(row[key], int | float)):
+            raise TypeError(f"{key} is {row[key]!r:.60}, not a number")
+    if not isinstance(row["metadata"], dict) or not isinstance(row.get("rewards", {}), dict):
+        raise TypeError("metadata and rewards must be objects")
+    return row
+
+
 def _experts(saved: dict[str, Any]) -> np.ndarray:
+    if saved["dtype"] not in ("uint8", "uint16", "int16", "int32", "int64"):
+        raise ValueError(f"experts of dtype {saved['dtype']!r:.40}")
     return np.frombuffer(base64.b64decode(saved["base64"]), saved["dtype"]).reshape(saved["shape"]).copy()

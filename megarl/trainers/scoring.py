@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import UntypedStorage
 
 from megarl.config.schema import Config
 from megarl.convert import read_spec
@@ -34,7 +35,7 @@ class ModelReward:
             )
         self.mesh, self.token_budget = mesh, cfg.rl.micro_batch_tokens
         self.policy = Policy.from_hf(path, cfg, mesh, role="reward")
-        self.parked = HostParked(self.policy.modules)
+        self.parked = HostParked.modules(self.policy.modules)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The score of each of this rank's own sequences at its last token; NaN beyond the model's context.
@@ -80,6 +81,11 @@ class Scorer:
             for name, one in self._rewards.items()
             if one.type == MODEL
         }
+
+    @property
+    def storages(self) -> list[UntypedStorage]:
+        """Of the reward models' weights."""
+        return [storage for model in self._models.values() for storage in model.parked.storages]
 
     def score(self, groups: Sequence[PromptGroup]) -> None:
         """Fill in `score`, `shaped_reward` (the same), `reward_failed` and `rewards` of every trajectory of `groups`.

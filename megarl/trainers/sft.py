@@ -12,7 +12,6 @@ from megarl.metrics import Mean, Metric, reduce_metrics
 from megarl.parallel import Mesh
 from megarl.trainers.common import (
     Loop,
-    check_applied,
     finish_export,
     learner_tokens,
     memory_metrics,
@@ -32,7 +31,7 @@ def run(cfg: Config) -> None:
     trainer = SFTTrainer(cfg, mesh)
     try:
         if trainer.loop.run(trainer.step):
-            with task("export to Hugging Face", is_main=mesh.is_main, stream=launcher.terminal()):
+            with trainer.loop.exporting():
                 finish_export(trainer.policy, trainer.loop.folder / "hf", cfg, cfg.model.path)
     finally:
         trainer.loop.close()
@@ -96,8 +95,9 @@ class SFTTrainer:
         with phases("data"):
             packed = self._pack(self.data.next(sft.batch_size))
         with phases("update"):
-            result = self.policy.train_step(packed, token_mean_loss)
-        check_applied(result, f"sft step {number}")
+            most = self.loop.alarms.most("sft/loss", "sft/grad_norm_max")
+            result = self.policy.train_step(packed, token_mean_loss, most)
+            self.loop.check_applied(result, packed, number)
         metrics: dict[str, Metric] = {RENAMED.get(name, name): value for name, value in result.metrics.items()}
         own_loss = {"sft/loss": metrics["sft/loss"]} if "sft/loss" in metrics else {}
         loss = reduce_metrics(own_loss, self.mesh.all_gather_object)["sft/loss"]

@@ -157,7 +157,9 @@ def _reference(work: Path, model: str) -> dict[str, Any]:
     """transformers' own logits, of its own code only."""
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    )
     with torch.no_grad():
         logits = theirs.eval()(_tokens(read_spec(model).vocab_size)).logits
     save_file({"logits": logits.contiguous()}, work / "logits.safetensors")

@@ -33,6 +33,7 @@ def examine() -> tuple[list[str], bool]:
             lines.append(f"{package.name:<20}{level}: {package.cost}")
             healthy = healthy and not package.required
     lines.append(f"{'NVIDIA Apex':<20}{_apex()}")
+    lines.append(f"{'layers':<20}{_layers()}")
     lines.append(f"note: {NEVER_INSTALL_APEX}")
     lines.append("everything required is installed" if healthy else "something required is missing: run tools/setup.sh")
     return lines, healthy
@@ -49,6 +50,17 @@ def _device() -> tuple[str, bool]:
         return f"CPU over gloo, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})", True
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"CUDA {torch.version.cuda} over NCCL: {', '.join(names)}", True
+
+
+def _layers() -> str:
+    """Which layer provider model.layers: auto is here, and why; with te, the FP8 recipes that the chip has."""
+    problem = features.transformer_engine_problem()
+    if problem is not None:
+        return f"torch ({problem})"
+    recipes = {name: features.recipe_problem(name) for name in features.TE_RECIPES}
+    works = ", ".join(name for name, why in recipes.items() if why is None) or "none"
+    missing = "".join(f"; no {name}: {why}" for name, why in recipes.items() if why is not None)
+    return f"te in float32 and bfloat16, torch in float64; FP8 by te in bfloat16: {works}{missing}"
 
 
 def _apex() -> str:

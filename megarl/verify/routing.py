@@ -49,8 +49,8 @@ def verify_routing(cfg: Config) -> None:
     policy = Policy.from_hf(
         path, cfg, mesh, optimizer=Optimizer(), temperature=cfg.rollout.temperature, routing=True
     )
-    fp8 = Fp8Weights.of(policy.spec, cfg.model, cfg.rollout)
-    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=fp8)
+    how = dict(load=False, fp8=Fp8Weights.of(policy.spec, cfg.model, cfg.rollout), head_dtype=cfg.model.head_dtype)
+    engine = VLLMEngine(path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
     WeightSync(policy.spec, cfg.parallel, mesh, engine).run(policy.modules, policy.updates)
     batch = assemble(sample(cfg, policy.spec, mesh, engine), PRESETS["gspo"])
     check = RoutingCheck(cfg, policy, micro_batches(batch, budget(batch, policy.layout), policy.layout))

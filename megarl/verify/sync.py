@@ -39,7 +39,8 @@ def verify_sync(cfg: Config) -> int:
     mesh.barrier()
     policy = Policy.from_hf(cfg.model.path, cfg, mesh)
     fp8 = Fp8Weights.of(policy.spec, cfg.model, cfg.rollout)
-    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, load=False, fp8=fp8)
+    how = dict(load=False, fp8=fp8, head_dtype=cfg.model.head_dtype)
+    engine = VLLMEngine(cfg.model.path, cfg.rollout, cfg.rollout_dtype, cfg.seed, mesh, **how)
     sync = WeightSync(policy.spec, cfg.parallel, mesh, engine)
     threshold = cfg.rollout.sync_threshold or default_threshold(
         cfg.model.dtype, cfg.rollout_dtype, fp8=fp8 is not None

@@ -76,6 +76,24 @@ def test_other_ways_bring_the_same_weights(ranks, way):
         assert ("full tensors through vLLM's reload, because it is asked for" in rank[way]["line"]) == (way == "reload")
 
 
+def test_parked_weights_are_read_where_they_are(ranks):
+    """None of them is where it is computed with, before, in between and after the sync; its extra memory is as the ledger
+    has it, and at most two layers."""
+    for rank in ranks:
+        parked = rank["parked"]
+        assert parked["gap"] == rank["synced"] and parked["differing"] == []
+        assert parked["left"] == 0 and parked["still"] and parked["same"]
+        assert 0 < parked["needed"] <= 2 * rank["largest_layer"]
+        assert parked["peak"] <= 2 * rank["largest_layer"]
+
+
+def test_the_ledger_counts_what_a_sync_needs(ranks):
+    """Against every tensor that came and went: all messages, and no more than the engine's packing beside them."""
+    for rank in ranks:
+        assert rank["needed"]["messages"] <= rank["messages"]["peak"] <= rank["needed"]["messages"] + rank["largest_layer"]
+        assert rank["needed"]["messages"] <= 2 * rank["largest_layer"]
+
+
 def test_what_goes_wrong_on_the_way_is_named(ranks):
     for number, rank in enumerate(ranks):
         assert "the prefix cache is stale" in rank["stale_cache"]

@@ -321,8 +321,10 @@ def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -
         other = WeightSync(policy.spec, parallel, mesh, engine)
         with _LiveBytes() as live:
             report = other.run(policy.modules, 1)
+        out.setdefault("needed", {})[name] = sum(other.buffer_bytes)
         out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
         engine.reload_reason, engine._direct = None, direct
+    out["parked"] = _parked(weight_sync, policy, parallel, spoil, check)
     exchange.platform.map_tensors = plain_map
     for chunk in policy.modules:  # parameters that have moved since are mapped again
         for parameter in chunk.parameters():
@@ -508,6 +510,37 @@ BROKEN = {
     "layer": _skip_layer,
     "values": _scale_values,
 }
+
+
+def _parked(weight_sync: Any, policy: Any, parallel: Parallel, spoil: Any, check: Any) -> dict[str, Any]:
+    """The sync while the learner's weights have left the device, which here is the host too, and the engine's cache sleeps."""
+    from megarl.learner import host_parked
+    from megarl.rollout.checksums import differing_tensors
+    from megarl.rollout.weight_sync import WeightSync
+
+    engine, mesh, weights = weight_sync.engine, weight_sync.mesh, policy.parked["weights"]
+    spoil()
+    for chunk in policy.modules:  # what other ranks map cannot give its memory back
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.clone()
+    is_on_host, host_parked._is_on_host = host_parked._is_on_host, lambda storage: False
+    other = WeightSync(policy.spec, parallel, mesh, engine, weights)
+    engine.sleep(2)
+    weights.park()
+    left = sum(storage.nbytes() for storage in policy._storages()["weights"])
+    engine.wake(["weights"])
+    with _LiveBytes() as live:
+        other.run(policy.modules, 1)
+    engine.wake(["kv_cache"])
+    names = differing_tensors(other, policy.modules)
+    streamed = {name: float(tensor.double().sum()) for name, tensor in other.stream(policy.modules)}
+    still = weights.is_parked
+    weights.unpark()
+    host_parked._is_on_host = is_on_host
+    same = streamed == {name: float(tensor.double().sum()) for name, tensor in weight_sync.stream(policy.modules)}
+    needed, window = sum(other.buffer_bytes), sum(other.window_bytes)
+    return {"gap": check(), "left": left, "differing": names, "same": same, "still": still, "needed": needed,
+            "peak": live.peak + window}  # fmt: skip
 
 
 class _LiveBytes(TorchDispatchMode):

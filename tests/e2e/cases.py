@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +126,13 @@ def train_with_records(config: str, modes: list[str], rollouts: dict[str, str]) 
     return out
 
 
-def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]) -> dict[str, Any]:
+def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str], parked: str) -> dict[str, Any]:
     """`megarl train` with each preset and its overrides, one after the other in the same ranks; the rows of metrics.jsonl.
 
     The mesh, the reward workers and vLLM start once; everything else is made anew for every preset. Those in `resumed`
-    run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`.
+    run a second time, stopped after step 3 and continued by a trainer made anew: rows under `<preset> resumed`. The preset
+    `parked` does so with all of the learner off the device while the engine samples: `<preset> parked`, and `in place`.
+    Under `left out`: those of a run whose third step an alarm leaves out.
     """
     from megarl import platform
 
@@ -161,12 +165,49 @@ def train_presets(config: str, presets: dict[str, list[str]], resumed: list[str]
             if preset in resumed:
                 train(f"{cfg.run_dir}-{preset}-2", own, stop_after=3)
                 rows[f"{preset} resumed"] = train(f"{cfg.run_dir}-{preset}-2", [*own, "resume=auto"])
+        with _parking() as rows["in place"]:
+            own = [f"rl.algorithm.preset={parked}", *presets[parked], "memory.param_offload=true", "memory.grad_offload=true"]
+            train(f"{cfg.run_dir}-parked", own, stop_after=3)
+            rows[f"{parked} parked"] = train(f"{cfg.run_dir}-parked", [*own, "resume=auto"])
+        alarm = ["alarms.window=2", "alarms.length.above=0.01", "alarms.length.action=skip"]
+        rows["left out"] = train(f"{cfg.run_dir}-left-out", ["rl.algorithm.preset=grpo", *alarm], stop_after=3)
         own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-nan"])
         rows["nan"] = _train_to_nan(rl.RLTrainer(own, mesh, rewards))
         for name, (method, broken) in BROKEN.items():
             own = load_config(config, ["rl.algorithm.preset=grpo", f"run_dir={cfg.run_dir}-{name}"])
             rows[name] = _sync_with(rl.RLTrainer(own, mesh, rewards), method, broken)
     return rows
+
+
+@contextlib.contextmanager
+def _parking() -> Iterator[dict[str, dict[str, int]]]:
+    """What is on the host counts as on a device. Gives phase -> model and owner -> bytes that are where they are computed
+    with, most at any end of the phase."""
+    from megarl.learner import host_parked
+    from megarl.trainers import rl
+
+    found: dict[str, dict[str, int]] = {}
+    plain, is_on_host, turns = rl.MemoryLedger.record, host_parked._is_on_host, rl.Turns.__init__
+    models: list[Any] = []
+
+    def watched(self: Any, settings: Any, policies: list[Any]) -> None:
+        models[:] = policies
+        turns(self, settings, policies)
+
+    def record(ledger: Any, phase: str, **other: Any) -> None:
+        now = found.setdefault(phase, {})
+        for model in models:
+            for owner, storages in model._storages().items():
+                name = f"{model.role} {owner}"
+                now[name] = max(now.get(name, 0), sum(storage.nbytes() for storage in storages))
+        plain(ledger, phase, **other)
+
+    host_parked._is_on_host = lambda storage: False
+    rl.MemoryLedger.record, rl.Turns.__init__ = record, watched
+    try:
+        yield found
+    finally:
+        host_parked._is_on_host, rl.MemoryLedger.record, rl.Turns.__init__ = is_on_host, plain, turns
 
 
 def _swapped(stretches: Any, direct: Any, parts: list[tuple]) -> list[Any]:
@@ -233,3 +274,47 @@ def _train_to_nan(trainer: Any) -> dict[str, Any]:
     replayed = trainer.policy.train_step(batches, plain)
     return {"said": said, "unchanged": same, "kept": str(kept), "tokens": sum(m.batch.tokens.numel() for m in batches),
             "replayed": replayed.applied}  # fmt: skip
+
+
+def resume_presets(config: str, presets: dict[str, list[str]]) -> dict[str, Any]:
+    """Each preset with its overrides without a stop, and stopped and resumed after every step by trainers made anew.
+
+    By preset: the rows of metrics.jsonl, the trajectories and a digest of this rank's weights and optimizers, of both.
+    """
+    from megarl import platform
+
+    platform.setup()
+    from megarl.config import load_config
+    from megarl.metrics import read_jsonl
+    from megarl.parallel import Mesh
+    from megarl.rewards import RewardRunner
+    from megarl.trainers import rl
+    from tests.dist.checkpoint_cases import digest
+
+    cfg = load_config(config)
+    _one_engine(rl)
+
+    def train(run_dir: str, overrides: list[str], starts: int) -> list[Any]:
+        each = ["checkpoint.stop_after=1"] if starts > 1 else []
+        for start in range(starts):
+            more = [*each, "resume=auto"] if start else each
+            trainer = rl.RLTrainer(load_config(config, [f"run_dir={run_dir}", *overrides, *more]), mesh, rewards)
+            try:
+                trainer.prepare()
+                ended = trainer.loop.run(trainer.step)
+                assert ended == (start == starts - 1)
+            finally:
+                trainer.loop.close()
+        folder = Path(run_dir) / "rl"
+        sampled = {path.name: path.read_text() for path in sorted((folder / "rollouts").iterdir())}
+        models = [trainer.policy, *([trainer.critic] if trainer.critic else [])]
+        return [read_jsonl(folder / "metrics.jsonl"), sampled, [digest(model) for model in models]]
+
+    out = {}
+    with RewardRunner(cfg.reward) as rewards:
+        mesh = Mesh.build(cfg.parallel)
+        for preset, overrides in presets.items():
+            own = [f"rl.algorithm.preset={preset}", *overrides]
+            runs = [train(f"{cfg.run_dir}-{preset}-{starts}", own, starts) for starts in (1, cfg.rl.steps)]
+            out[preset] = runs
+    return out

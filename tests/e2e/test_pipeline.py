@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist.harness import run_ranks
-from tests.e2e.program import STEPS, SUMS, Project
-
-# What differs between two runs that compute the same: clocks, memory, and rates made of them.
-CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
-CLOCKS += ("sync/gb_per_second", "sync/of_plain_copy")
-
-
-def without_clocks(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
+from tests.e2e.program import STEPS, SUMS, Project, without_clocks
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -102,6 +93,17 @@ def test_summary(trained: Project) -> None:
     assert 0 < summary["logprob_gap_mean"] <= 1e-5 and summary["logprob_gap_mean"] <= summary["logprob_gap_max"] < 1e-3
     assert 1 < summary["rollout_tokens_per_second"] < 1e6 and 1 < summary["learner_tokens_per_second"] < 1e6
     assert 0.5 < summary["peak_rss_gib"] < 8  # two ranks with torch and vLLM
+    assert list(summary["memory_gib"]) == ["host"]  # which is the device
+    ledger = summary["memory_gib"]["host"]
+    assert list(ledger) == ["rollout", "log_probs", "update", "sync"]
+    sizes = {name: tensor.nbytes / 2**30 for name, tensor in weights(trained.run / "rl/hf").items()}
+    whole = sum(sizes.values())
+    held = whole + sum(size for name, size in sizes.items() if ".experts." not in name)  # on both ranks
+    assert ledger["update"]["policy_weights"] == pytest.approx(held, rel=0.02)
+    assert ledger["update"]["policy_gradients"] == pytest.approx(held, rel=0.02)
+    assert ledger["update"]["policy_optimizer"] == pytest.approx(2 * whole, rel=0.02)  # moments, once over the ranks
+    assert ledger["rollout"]["policy_gradients"] == ledger["update"]["policy_gradients"]  # a CPU keeps them
+    assert ledger["sync"].get("sync_buffers", 0.0) == 0.0  # ranks of one machine read each other's weights in place
 
 
 def test_report_is_one_file_with_a_sample(trained: Project) -> None:
@@ -112,6 +114,7 @@ def test_report_is_one_file_with_a_sample(trained: Project) -> None:
     assert not [place for place in map(str, loads) if re.search(r"^\W*(https?:)?//", place)]
     last = [json.loads(line) for line in (trained.run / f"rl/rollouts/step_{STEPS:06d}.jsonl").open()]
     assert any(row["prompt"].split("<|")[0] in page for row in last)
+    assert "Host memory by owner (GiB)" in page and "Device memory by owner" not in page
 
 
 def test_checkpoints_are_kept_as_configured(trained: Project) -> None:

@@ -10,8 +10,7 @@ import yaml
 
 from megarl.algorithms import PRESETS
 from tests.dist.harness import run_ranks
-from tests.e2e.program import Project
-from tests.e2e.test_pipeline import without_clocks
+from tests.e2e.program import Project, without_clocks
 
 STEPS = 5
 BAND = ["rl.algorithm.gate.low=0.01", "rl.algorithm.gate.high=0.013"]  # GSPO's, for responses of three tokens
@@ -51,7 +50,8 @@ def ranks(warm: Project, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     settings["model"] = {"path": str(warm.run / "sft" / "hf")}
     project.config.write_text(yaml.safe_dump(settings))
     presets = {name: OWN.get(name, []) for name in PRESETS}
-    return run_ranks("tests.e2e.cases:train_presets", 2, str(project.config), presets, ["ppo", "dapo"], timeout=290)
+    what = str(project.config), presets, ["ppo", "dapo"], "ppo"
+    return run_ranks("tests.e2e.cases:train_presets", 2, *what, timeout=290)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,48 @@ def test_a_run_continues_to_the_same_end(rows, preset):
     assert resumed == plain
 
 
+def test_a_learner_that_leaves_the_device_computes_the_same(rows):
+    """With a critic and a reference, stopped and resumed: every number of every step but clocks and memory."""
+    assert [without_clocks(row) for row in rows["ppo parked"]] == [without_clocks(row) for row in rows["ppo"]]
+
+
+def test_what_is_parked_is_not_where_it_is_computed_with(ranks):
+    owners = [f"{model} {owner}" for model in ("policy", "critic") for owner in ("weights", "gradients", "optimizer")]
+    for rank in ranks:
+        found = rank["in place"]
+        assert found["rollout"] == found["sync"] == dict.fromkeys(owners, 0)
+        assert all(found["update"].values()) and found["update"].keys() == set(owners)
+        for phase in ("reference", "log_probs"):
+            assert {name: size for name, size in found[phase].items() if size} == {
+                name: size for name, size in found["update"].items() if "weights" in name
+            }
+
+
+def test_the_ledger_knows_every_owner(rows):
+    """GiB of both ranks: moments are twice the weights, gradients once, and an engine has the policy's weights."""
+    for name in ("ppo", "ppo parked"):
+        row, gib = rows[name][-1], 2**30
+        host = {phase: {} for phase in ("rollout", "reference", "log_probs", "update", "sync")}
+        for key, value in row.items():
+            if key.startswith("memory/host/"):
+                phase, owner = key.split("/")[2:]
+                host[phase][owner] = value
+        assert not any(key.startswith("memory/device/") for key in row)
+        update, rollout = host["update"], host["rollout"]
+        assert update["policy_gradients"] == pytest.approx(update["policy_weights"], rel=0.02)  # padding
+        # with two ranks each has half of the dense moments, and all of its experts'
+        assert update["policy_weights"] < update["policy_optimizer"] < 2.02 * update["policy_weights"]
+        assert rollout["reference"] == pytest.approx(update["policy_weights"], rel=0.02)
+        assert rollout["engine_weights"] > 0 and rollout["engine_kv_cache"] > 0
+        for phase in ("rollout", "reference", "log_probs", "sync"):
+            there = update["policy_gradients"] if name == "ppo" else 0.0  # by default a CPU keeps them
+            assert host[phase].get("policy_gradients", 0.0) == there
+            gone = update["policy_gradients"] - there
+            assert update["critic"] - host[phase]["critic"] == pytest.approx(gone, rel=0.02, abs=1 / gib)
+        for phase in host.values():
+            assert sum(v for owner, v in phase.items() if owner != "rss") == pytest.approx(phase["rss"], abs=1 / gib)
+
+
 def test_dapo_carries_its_surplus_over(rows):
     assert any(row["groups/carried_over"] > 0 for row in rows["dapo"][:3])
 
@@ -104,6 +146,14 @@ def test_a_loss_that_is_not_a_number_stops_every_rank_and_keeps_the_micro_batche
         assert "gradient norm is nan" in ended["said"] and ended["kept"] in ended["said"]
         assert ended["unchanged"] and ended["kept"].endswith(f"rank{number}.safetensors")
         assert ended["tokens"] > 0 and ended["replayed"]  # with the loss as it should be, the same step goes through
+
+
+def test_an_alarm_before_the_update_leaves_the_weights_as_they_are(rows):
+    own = rows["left out"]
+    assert [row["alarms/skipped_updates"] for row in own] == [0, 0, 1]
+    assert ["policy/loss" in row for row in own] == [True, True, False]
+    assert own[2]["routing/update_changed"] == 0 and own[2]["sync/gap_mean"] <= 1e-5
+    assert own[2]["alarms/length"] == 1
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,33 @@ def use_megatron() -> None:
         policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {}))
         checkpointer.load_latest()
         assert all(torch.equal(a, b) for a, b in zip(saved, policy.modules[0].parameters()))
+    _train_offloaded(spec, cfg, mesh, batch)
     _train_with_megatrons_dispatcher(spec, mesh, batch)
     _check_memory_is_kept()
+
+
+def _train_offloaded(spec: Any, cfg: Any, mesh: Any, batch: Any) -> None:
+    """Megatron's hybrid optimizer: two steps, of which a checkpoint takes back the second."""
+    from megarl.checkpoint import Checkpointer
+    from megarl.config.schema import Optimizer
+    from megarl.data.packing import pack
+    from megarl.learner.policy import Policy
+
+    policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3, cpu_offload=True))
+    with torch.no_grad():
+        for p in policy.modules[0].parameters():
+            p.normal_(std=0.05)
+    policy.optimizer.reload_model_params()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpointer = Checkpointer(Path(folder), mesh, keep=1)
+        checkpointer.register("policy", policy)
+        for number in (1, 2):
+            policy.train_step([pack(batch, [0, 1])], lambda b, lp, e, s: (-(b.token_weights * lp).sum(), {}))
+            if number == 1:
+                checkpointer.save(number)
+                saved = [p.clone() for p in policy.modules[0].parameters()]
+        checkpointer.load_latest()
+    assert all(torch.equal(a, b) for a, b in zip(saved, policy.modules[0].parameters()))
 
 
 def _train_with_megatrons_dispatcher(spec: Any, mesh: Any, batch: Any) -> None:
@@ -119,7 +144,7 @@ def _check_random_numbers() -> None:
 
 def leave_out(name: str) -> None:
     """Take the patch `name` out of the seam before it is installed."""
-    from megarl.platform import cpu, megatron_patches
+    from megarl.platform import cpu, megatron_patches, optimizers
 
     kept = torch.Tensor.cuda
     installers = {
@@ -129,6 +154,10 @@ def leave_out(name: str) -> None:
         "Tensor.cuda": lambda: _after(cpu, lambda: setattr(torch.Tensor, "cuda", kept)),
         "te_general_gemm": lambda: _after(megatron_patches, _forget_te_general_gemm),
         "writers": lambda: setattr(megatron_patches, "_write_in_this_process", _refuse),
+        "te version": lambda: setattr(optimizers, "_if_installed", lambda plain: plain),
+        "offload on a CPU": lambda: setattr(optimizers, "_from_a_cpu", lambda plain: plain),
+        "offload in float32": lambda: setattr(optimizers, "_of_any_precision", lambda plain: plain),
+        "Event.wait": lambda: delattr(cpu.Event, "wait"),
         "keep step": lambda: setattr(megatron_patches, "_keep_step", lambda plain: plain),
         "keep memory": lambda: setattr(cpu, "_keep_memory", lambda: None),
         "nothing": lambda: None,

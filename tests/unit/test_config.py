@@ -106,6 +106,15 @@ def refused(path: Path, *overrides: str, require=None) -> str:
         ("rl.data.3.size=1", ["rl.data.3.size=1"]),
         ("rl.steps", ["rl.steps=20"]),
         ("rl.optimizer.betas=[0.9,1.0]", ["rl.optimizer.betas", "below 1"]),
+        ("sft.optimizer.type=lion", ["sft.optimizer.type", "lion"]),
+        ("rl.optimizer.type=muon", ["rl.optimizer.type = 'muon'", "emerging_optimizers 0.1", "set adam or sgd"]),
+        ("rl.optimizer.implementation=te", ["= 'te'", "Transformer Engine is not installed", "set auto or fused"]),
+        ("rl.critic.optimizer.implementation=apex", ["rl.critic.optimizer", "NVIDIA Apex is not installed"]),
+        ("sft.optimizer={type: sgd, implementation: foreach}", ["sft.optimizer.implementation = 'foreach'", "'sgd'"]),
+        ("rl.optimizer={type: sgd, cpu_offload: true}", ["rl.optimizer.cpu_offload = true", "for Adam"]),
+        ("rl.optimizer={cpu_offload: true, decoupled_weight_decay: false}", ["cpu_offload = true", "decoupled_weight_decay"]),
+        ("rl.optimizer={cpu_offload: true, implementation: for-loop}", ["cpu_offload = true", "implementation: auto"]),
+        ("memory.sleep_level=3", ["memory.sleep_level = 3"]),
         ("seed=${no.such}", ["no.such"]),
         ("model.generate={family: qwen3}", []),
     ],
@@ -116,6 +125,29 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy(base: Path, override: s
         return
     message = refused(base, override)
     assert all(part in message for part in parts), message
+
+
+def test_an_offloaded_optimizer_needs_the_distributed_one(base: Path) -> None:
+    offload = "rl.optimizer.cpu_offload=true"
+    assert "set parallel.distributed_optimizer: true" in refused(base, offload, "parallel.distributed_optimizer=false")
+    assert "set model.dtype: float32 or bfloat16" in refused(base, offload, "model.dtype=float64")
+    assert load_config(base, [offload]).rl.optimizer.cpu_offload
+
+
+def test_a_package_called_apex_that_is_not_nvidias_is_refused(base: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "is not NVIDIA's" in refused(base, "rl.optimizer.implementation=apex")
+    (tmp_path / "apex" / "optimizers").mkdir()
+    (tmp_path / "apex" / "optimizers" / "fused_adam.py").touch()
+    load_config(base, ["rl.optimizer.implementation=apex"])
+    message = refused(base, "rl.optimizer.implementation=apex", "rl.critic.optimizer.implementation=fused")
+    assert message.startswith("rl.critic.optimizer.implementation = 'fused': rl.optimizer.implementation is 'apex'")
+
+
+def test_a_head_below_the_model_is_refused(base: Path) -> None:
+    assert "set model.head_dtype: none" in refused(base, "model.head_dtype=float32", "model.dtype=float64")
 
 
 def test_dense_models_have_no_expert_parallelism(base: Path) -> None:

@@ -373,7 +373,7 @@ def test_verify_precision_names_the_layer_that_loses_most(folder, mesh):
     bf16, fp8, last = (precision.Gap.of(other, exact) for other in others)
     assert 0 < bf16.layers[0] < fp8.layers[0] < 0.3 and fp8.worst[0] in range(3)
     assert last.layers[:2] == [0, 0] and last.worst[:2] == (2, 0) and last.layers[2] > 0.01
-    assert fp8.mean < fp8.max and bf16.gradient < last.gradient < fp8.gradient < 1
+    assert fp8.mean < fp8.max and max(bf16.gradient, last.gradient) < fp8.gradient < 1
     text = precision.render({"bfloat16": bf16, "last": last})
     assert len(text) == 1 + 3 + 3 + 2 and text[-1].startswith("last: layer 2 adds most (0.0e+00 -> ")
 

@@ -19,19 +19,21 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 START = """
 import sys, pathlib
 from megarl.launcher import launch
-program, behaviour, folder, grace = sys.argv[1:]
+program, behaviour, folder, grace, restarts = sys.argv[1:]
 command = [sys.executable, program, behaviour, folder]
-sys.exit(launch(command, 2, pathlib.Path(folder) / "logs", float(grace)))
+sys.exit(launch(command, 2, pathlib.Path(folder) / "logs", float(grace), max_restarts=int(restarts)))
 """
 
 
 class Job:
     """A launcher with two ranks, in a process of its own."""
 
-    def __init__(self, folder: Path, behaviour: str, grace: float = 20.0):
-        self.folder = folder
-        command = [sys.executable, "-c", START, str(PROGRAM), behaviour, str(folder), str(grace)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, folder: Path, behaviour: str, grace: float = 20.0, restarts: int = 0):
+        self.folder, self.scratch = folder, folder / "scratch"
+        self.scratch.mkdir()
+        command = [sys.executable, "-c", START, str(PROGRAM), behaviour, str(folder), str(grace), str(restarts)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(self.scratch)}, **pipes)
 
     def wait_until_ready(self, name: str = "ready") -> None:
         deadline = time.monotonic() + 60
@@ -48,6 +50,9 @@ class Job:
 
     def running(self) -> list[int]:
         return [pid for pid in self.pids() if is_running(pid)]
+
+    def temporary(self) -> list[str]:
+        return [str(path.relative_to(self.scratch)) for path in self.scratch.rglob("*")]
 
 
 def is_running(pid: int) -> bool:
@@ -99,13 +104,14 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
     assert job.running() == []
 
 
-def test_sigterm_is_like_ctrl_c_with_its_own_exit_code(tmp_path: Path) -> None:
-    job = Job(tmp_path, "boundary")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_warning_is_like_ctrl_c_with_its_own_exit_code(tmp_path: Path, number: signal.Signals) -> None:
+    job = Job(tmp_path, "boundary", restarts=3)
     job.wait_until_ready()
-    job.process.send_signal(signal.SIGTERM)
-    assert job.finish()[0] == 143
-    assert (tmp_path / "boundary1").read_text() == str(int(signal.SIGTERM))
-    assert job.running() == []
+    job.process.send_signal(number)
+    assert job.finish()[0] == 128 + number
+    assert (tmp_path / "boundary1").read_text() == str(int(number))
+    assert job.running() == [] and job.temporary() == []
 
 
 @pytest.mark.parametrize(
@@ -126,10 +132,35 @@ def test_a_failing_rank_ends_the_job_with_one_line(tmp_path: Path, behaviour: st
 def test_a_failing_rank_ends_others_that_do_not_listen(tmp_path: Path) -> None:
     job = Job(tmp_path, "deaf", grace=0.5)
     job.wait_until_ready()
+    assert sorted(name.partition("/")[2] for name in job.temporary()) == ["", "of-rank-0", "of-rank-1"]
     os.kill(job.pids()[3], signal.SIGKILL)
     code, _, err = job.finish()
     assert code == 1 and err.startswith("error: rank 1: died by SIGKILL (out of memory?)")
-    assert job.running() == []
+    assert job.running() == [] and job.temporary() == []
+
+
+def test_ranks_are_started_again_until_they_end_well(tmp_path: Path) -> None:
+    job = Job(tmp_path, "third time", restarts=5)
+    code, out, err = job.finish()
+    assert code == 0 and out == "display of rank 0\n" * 3
+    assert [line.partition(" in ")[0] for line in err.splitlines()] == [
+        "error: rank 1: died by SIGKILL",
+        "starting the ranks again (1 of 5)",
+        "error: rank 1: died by SIGKILL",
+        "starting the ranks again (2 of 5)",
+    ]
+    assert " in rl step 1, update (out of memory?)" in err and " in rl step 2, update (out of memory?)" in err
+    assert (tmp_path / "restarts0").read_text() == "2"
+    assert job.running() == [] and job.temporary() == []
+
+
+@pytest.mark.parametrize(("behaviour", "code", "starts"), [("raise", 1, 2), ("report", 2, 1)])
+def test_restarts_are_counted_and_bad_input_is_not_tried_again(
+    tmp_path: Path, behaviour: str, code: int, starts: int
+) -> None:
+    job = Job(tmp_path, behaviour, restarts=1)
+    got, _, err = job.finish()
+    assert got == code and err.count("error: ") == starts and err.count("starting the ranks again") == starts - 1
 
 
 def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
@@ -139,9 +170,9 @@ def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
     job.process.kill()
     job.process.wait()
     deadline = time.monotonic() + 20
-    while job.running() and time.monotonic() < deadline:
+    while (job.running() or job.temporary()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert job.running() == []
+    assert job.running() == [] and job.temporary() == []
 
 
 def test_a_rank_that_prints_nothing_and_fails_is_named(tmp_path: Path) -> None:
@@ -212,6 +243,28 @@ print("error line", file=launcher.error_stream(), flush=True)
         done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert done.stdout == ("display\n" if rank == "0" else "") and done.stderr == "error line\n"
         assert (tmp_path / f"logs/rank{rank}.log").read_text() == "noise\nnoise of a child\nnoise\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_rank_that_waits_in_a_library_ends_with_the_grace_time(number: str, code: int) -> None:
+    """Python runs no handler while its main thread is in C, so that only another thread can see to it."""
+    program = f"""
+import ctypes, signal, threading, time, os
+from megarl.platform.signals import StopSignal
+number = signal.{number}
+stop = StopSignal.install({{number: 0.3}})
+def told():
+    time.sleep(0.3)
+    assert stop.requested
+    print("heard", flush=True)
+threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+threading.Thread(target=told).start()
+libc = ctypes.CDLL(None)
+for _ in range(600):
+    libc.usleep(100_000)  # goes on after a signal, as a collective does
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "heard\n"), done.stderr
 
 
 def test_stop_signal_counts_and_ends_on_the_second() -> None:

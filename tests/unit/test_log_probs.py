@@ -78,6 +78,23 @@ def test_lower_precisions(monkeypatch, columns, dtype, value, slope):
         torch.testing.assert_close(own.double(), true.double(), atol=slope, rtol=0.02 if dtype.itemsize == 2 else 0)
 
 
+@pytest.mark.parametrize("columns", [None, 6])
+def test_a_float32_head_over_bfloat16_weights_rounds_no_logit(monkeypatch, columns):
+    """Values as of a float32 model, a hundred times closer than the same products in bfloat16; gradients in their dtypes."""
+    blocks_of(monkeypatch, columns, size=4)
+    hidden, weight, targets = inputs(torch.bfloat16)
+    expected, expected_entropy = plain(hidden, weight, targets, 1.0)
+    rounded, _ = linear_log_probs(hidden, weight, targets, VOCAB, ONE)
+    log_probs, entropy = linear_log_probs(hidden.float(), weight, targets, VOCAB, ONE)
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=0)
+    assert (rounded - expected).abs().max() > 100 * (log_probs - expected).abs().max()
+    mine = torch.autograd.grad(log_probs.sum(), (hidden, weight))
+    for own, true in zip(mine, torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        assert own.dtype == torch.bfloat16
+        torch.testing.assert_close(own.double(), true.double(), atol=2e-5, rtol=2**-8)  # rounded once
+
+
 def test_logits_far_apart_do_not_overflow(monkeypatch):
     """Whatever the order in which the blocks see the largest logit."""
     blocks_of(monkeypatch, 6)

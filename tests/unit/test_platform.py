@@ -31,6 +31,10 @@ NEEDED = {  # patch -> what is seen without it
     "Tensor.cuda": "Torch not compiled with CUDA enabled",
     "te_general_gemm": "te_general_gemm",
     "keep step": "KeyError: 'step'",
+    "te version": "'NoneType' and 'Version'",
+    "offload on a CPU": "cpu_copys_map_gpu_param[param]",
+    "offload in float32": "param_to_fp32_param[param]",
+    "Event.wait": "has no attribute 'wait'",
     "keep memory": "page faults",
     "writers": "the patched writer is in use",
 }

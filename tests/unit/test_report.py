@@ -15,10 +15,12 @@ import pytest
 from megarl.errors import BadInput
 from megarl.metrics import Max, Mean
 from megarl.report import render_summary, write_report
+from megarl.report.bars import Bars, render_bars
 from megarl.report.charts import MOST_POINTS, Chart, Series, render, show
 from megarl.report.data import figures, load_run
 from megarl.report.heat_map import MOST_COLUMNS, HeatMap, render_heat_map
 from megarl.report.panels import _wilson
+from megarl.report.summary import write_summary
 from megarl.trainers.display import Display, Phases, duration, task
 
 HOSTILE = '</pre><script>alert("x")</script><img src=x onerror=y> & done'
@@ -337,3 +339,45 @@ def test_phases_add_up_within_a_step_and_start_over(monkeypatch):
         raise KeyError
     assert phases.metrics() == {"time/update": Mean(1.0), "time/step": Max(10.0)}
     assert entered == ["generate", "generate", "update"]
+
+
+# The memory ledger -----------------------------------------------------------------------------------------------
+
+
+LEDGER = {
+    "memory/host/rollout/policy_weights": 1.0,
+    "memory/host/rollout/engine_kv_cache": 0.5,
+    "memory/host/rollout/rest": 0.25,
+    "memory/host/rollout/rss": 1.75,
+    "memory/host/update/policy_weights": 1.0,
+    "memory/host/update/policy_gradients": 2.0,
+    "memory/device/update/policy_weights": 3.0,
+}
+
+
+def test_the_ledger_of_the_last_step_is_drawn_and_summed_up(tmp_path):
+    rows = [rl_row(1) | dict.fromkeys(LEDGER, 9.0), rl_row(2) | LEDGER]
+    write_jsonl(tmp_path / "rl" / "metrics.jsonl", [row | {"clock/seconds": 1.0, "memory/peak_rss_gib": 1.0} for row in rows])
+    summary = write_summary(tmp_path, 2, {})
+    assert summary["memory_gib"] == {
+        "device": {"update": {"policy_weights": 3.0}},
+        "host": {
+            "rollout": {"policy_weights": 1.0, "engine_kv_cache": 0.5, "rest": 0.25},
+            "update": {"policy_weights": 1.0, "policy_gradients": 2.0},
+        },
+    }
+    page = write_report(tmp_path).read_text()
+    assert "Host memory by owner (GiB)" in page and "Device memory by owner (GiB)" in page
+    assert "rollout, engine kv cache: 0.5 GiB" in page and "rss:" not in page
+
+
+def test_bars_are_as_long_as_what_they_show_and_stand_end_to_end():
+    rows = [("a", {"x": 1.0, "y": 3.0}), ("b", {"z": 2.0})]
+    svg = render_bars(Bars("Title", "help", rows, "GiB", order=("y",)))
+    found = re.findall(r'class="bar c(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)"', svg)
+    bars = [(int(colour), float(x), float(y), float(width)) for colour, x, y, width in found]
+    (_, left, top, y), (_, x_left, _, x), *_, (z_colour, _, lower, z) = bars  # y comes first, as ordered
+    assert y == pytest.approx(3 * x, abs=0.2) and z == pytest.approx(2 * x, abs=0.2)
+    assert x_left == pytest.approx(left + y, abs=0.2) and lower > top and z_colour == 2
+    assert render_bars(Bars("Title", "help", [])) == ""
+    assert "<b>" not in render_bars(Bars("Title", "help", [("<b>", {"<b>": 1.0})]))

@@ -16,6 +16,7 @@ import pytest
 from megarl.config.schema import Reward
 from megarl.errors import BadInput, RunFailed
 from megarl.rewards import RewardRunner, check_failures
+from megarl.rewards.sandbox import descendants
 from megarl.rewards.tasks import create_dataset
 from megarl.types import Prompt
 
@@ -38,8 +39,6 @@ def score(prompt, response, answer, **metadata):
         os.abort()
     if response == "raise":
         raise ValueError("no\\nanswer")
-    if response == "pid":
-        return os.getpid()
     print("a verifier that prints")
     special = {"nan": math.nan, "inf": -math.inf, "none": None, "text": "good", "true": True}
     return special[response] if response in special else len(response) + len(metadata.get("pair", ()))
@@ -136,8 +135,7 @@ def test_reasoning_gym_scores_of_a_thousand_responses_are_its_own_and_fast():
 
 def test_a_worker_that_died_idle_costs_nothing(verifier):
     with RewardRunner(Reward(type=f"{verifier}:score")) as runner:
-        pid = int(runner.score([(prompt(), "pid")])[0].score)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(worker_pid(runner), signal.SIGKILL)
         time.sleep(0.1)
         result = runner.score([(prompt(), "ab")])[0]
         assert (result.score, result.failed) == (2, False)
@@ -163,11 +161,11 @@ def test_interrupted_call_leaves_no_answer_for_the_next(verifier):
 
 def test_workers_ignore_ctrl_c_and_run_in_their_own_session(verifier):
     with RewardRunner(Reward(type=f"{verifier}:score")) as runner:
-        pid = int(runner.score([(prompt(), "pid")])[0].score)
-        assert os.getsid(pid) == pid != os.getsid(0)
+        pid = worker_pid(runner)
+        assert os.getsid(pid) == runner._workers[0].process.pid
         os.kill(pid, signal.SIGINT)
         time.sleep(0.1)
-        assert int(runner.score([(prompt(), "pid")])[0].score) == pid
+        assert runner.score([(prompt(), "ab")])[0].score == 2 and worker_pid(runner) == pid
 
 
 def gone(pids: list[int], seconds: float = 5) -> bool:
@@ -187,25 +185,20 @@ def gone(pids: list[int], seconds: float = 5) -> bool:
     return False
 
 
-def session_members(leader: int) -> list[int]:
-    members = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if os.getsid(int(entry)) == leader:
-                    members.append(int(entry))
-            except (ProcessLookupError, PermissionError):
-                continue
-    return members
+def worker_pid(runner: RewardRunner) -> int:
+    """The process of the only worker that scores: below the first one of its namespaces, below its warden."""
+    warden = runner._workers[0].process.pid
+    return next(pid for child in descendants(warden) for pid in descendants(child))
 
 
 def test_close_and_time_out_end_what_a_verifier_started(verifier):
     runner = RewardRunner(Reward(type=f"{verifier}:score", timeout_seconds=0.5))
-    pid = int(runner.score([(prompt(), "pid")])[0].score)
+    first = [runner._workers[0].process.pid, *descendants(runner._workers[0].process.pid)]
     assert runner.score([(prompt(), "child")])[0].failed
-    assert gone(session_members(pid))
-    second = int(runner.score([(prompt(), "pid")])[0].score)
-    assert second != pid
+    assert gone(first)
+    assert runner.score([(prompt(), "x")])[0].score == 1
+    second = worker_pid(runner)
+    assert second not in first
     runner.close()
     runner.close()
     assert gone([second])
@@ -216,13 +209,14 @@ def test_workers_die_with_a_killed_parent_even_in_an_endless_loop(verifier, tmp_
         "from megarl.config.schema import Reward; from megarl.rewards import RewardRunner;"
         "from megarl.types import Prompt; p = Prompt('p', (1,), '4');"
         f"r = RewardRunner(Reward(type='{verifier}:score', timeout_seconds=600, workers=2));"
-        "print(*[int(x.score) for x in r.score([(p, 'pid')] * 200)], flush=True);"
+        "print([x.score for x in r.score([(p, 'x')] * 200)] == [1] * 200, flush=True);"
         "r.score([(p, 'hang'), (p, 'hang')])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
-    pids = sorted(set(map(int, parent.stdout.readline().split())))
-    assert len(pids) == 2
+    assert parent.stdout.readline() == b"True\n"
+    pids = [*descendants(parent.pid)]
+    assert len(pids) == 6  # two workers, each with its warden and the first process of its namespaces
     time.sleep(0.3)
     parent.kill()
     parent.wait()
@@ -284,9 +278,10 @@ def judge_reward(judge: Judge, **params) -> Reward:
 
 
 def test_judge_gets_batches_and_its_scores_come_back_in_order(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback never goes through a proxy
     judge = Judge()
-    with judge, RewardRunner(judge_reward(judge, batch_size=3, headers={"X-Key": "k"})) as runner:
+    with judge, RewardRunner(judge_reward(judge, batch_size=3, headers={"X-Key": "$JUDGE_KEY"})) as runner:
         texts = ["a", "bb", "skip", "dddd", ""]
         results = runner.score([(prompt(text="Q", metadata={"pair": (1, 2)}), text) for text in texts])
         judge.shutdown()

@@ -7,32 +7,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarl import platform
-from megarl.models.layers.torch_layers import RMSNorm, attend, rotate
+from megarl.models.layers.provider import Layers
+from megarl.models.layers.torch_layers import attend, rotate
 from megarl.models.packing_params import PackedRow
 from megarl.models.rope import magnitude
 from megarl.models.spec import ModelSpec
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever config.json says of the others
-
-
-class Down(torch.nn.Module):
-    """A projection that every rank holds whole and applies to its own part of the tokens."""
-
-    def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the ranks' tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        return platform.linear(x, self.weight)
 
 
 class LatentAttention(MegatronModule):
@@ -47,31 +33,36 @@ class LatentAttention(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection | None = None,
         spec: ModelSpec | None = None,
+        layers: Layers | None = None,
         **_: Any,
     ) -> None:
+        """`layers`: the modules it is made of; norms stand apart from linears, for which `LATENT_EPS` may be another."""
         super().__init__(config)
         self.layer_number, self.spec, self.tp_group = layer_number, spec, pg_collection.tp
         self.heads = spec.num_heads // pg_collection.tp.size()
-        common = dict(config=config, bias=False, skip_bias_add=True, init_method=config.init_method)
+        common = dict(
+            config=config, bias=False, skip_bias_add=True, init_method=config.init_method, is_expert=False
+        )
         column = dict(gather_output=False, tp_group=pg_collection.tp, **common)
         if spec.q_lora_rank:
-            self.linear_q_down_proj = Down(config, spec.hidden_size, spec.q_lora_rank)
-            self.q_layernorm = RMSNorm(config, spec.q_lora_rank, LATENT_EPS)
-            self.linear_q_up_proj = ColumnParallelLinear(spec.q_lora_rank, spec.num_heads * spec.head_dim, **column)
+            self.linear_q_down_proj = layers.replicated(config, spec.hidden_size, spec.q_lora_rank)
+            self.q_layernorm = layers.norm(config, spec.q_lora_rank, LATENT_EPS)
+            self.linear_q_up_proj = layers.column(spec.q_lora_rank, spec.num_heads * spec.head_dim, **column)
         else:
-            self.linear_q_proj = ColumnParallelLinear(spec.hidden_size, spec.num_heads * spec.head_dim, **column)
-        self.linear_kv_down_proj = Down(config, spec.hidden_size, spec.kv_lora_rank + spec.rope_head_dim)
-        self.kv_layernorm = RMSNorm(config, spec.kv_lora_rank, LATENT_EPS)
-        self.linear_kv_up_proj = ColumnParallelLinear(
+            self.linear_q_proj = layers.column(spec.hidden_size, spec.num_heads * spec.head_dim, **column)
+        self.linear_kv_down_proj = layers.replicated(config, spec.hidden_size, spec.kv_lora_rank + spec.rope_head_dim)
+        self.kv_layernorm = layers.norm(config, spec.kv_lora_rank, LATENT_EPS)
+        self.linear_kv_up_proj = layers.column(
             spec.kv_lora_rank, spec.num_heads * (spec.nope_head_dim + spec.v_head_dim), **column
         )
-        self.linear_proj = RowParallelLinear(
+        self.linear_proj = layers.row(
             spec.num_heads * spec.v_head_dim, spec.hidden_size, input_is_parallel=True, tp_group=self.tp_group, **common
         )
         # YaRN's temperature, which DeepSeek gives to the scores of the unrotated part too
         self.scale = spec.head_dim**-0.5
         if spec.rope.kind == "yarn" and spec.rope.mscale_all_dim:
             self.scale *= magnitude(spec.rope.factor, spec.rope.mscale_all_dim) ** 2
+        self.core_attention = layers.core(config, layer_number, spec, pg_collection, self.scale)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
@@ -88,10 +79,13 @@ class LatentAttention(MegatronModule):
         plain, rotated = query.split([spec.nope_head_dim, spec.rope_head_dim], dim=-1)
         query = torch.cat([plain, rotate(rotated, rope, spec.rope.interleaved)], dim=-1)
         key = torch.cat([key, shared.expand(-1, self.heads, -1, -1)], dim=-1)
-        # the kernels take values as wide as keys
-        value = F.pad(value, (0, max(0, spec.head_dim - spec.v_head_dim)))
-        out = attend(query.squeeze(2), key.squeeze(2), value.squeeze(2), packed_seq_params, scale=self.scale)
-        return self.linear_proj(out[..., : spec.v_head_dim].reshape(out.shape[0], 1, -1))
+        query, key, value = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        if self.core_attention is not None:
+            out = self.core_attention(query, key, value, packed_seq_params)
+        else:  # the kernels take values as wide as keys
+            value = F.pad(value, (0, max(0, spec.head_dim - spec.v_head_dim)))
+            out = attend(query, key, value, packed_seq_params, scale=self.scale)[..., : spec.v_head_dim]
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
         if not self.spec.q_lora_rank:

@@ -24,6 +24,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megarl import platform
+from megarl.models.layers.provider import Layers
+from megarl.models.moe.layer import MoE
 from megarl.models.packing_params import PackedRow
 from megarl.models.spec import ModelSpec
 
@@ -45,6 +47,19 @@ class RMSNorm(torch.nn.Module):
         if x.dtype in (torch.float32, torch.float64):
             return platform.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+class Down(torch.nn.Module):
+    """A projection that every rank holds whole and applies to its own part of the tokens."""
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the ranks' tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return platform.linear(x, self.weight)
 
 
 class HeadsNorm(RMSNorm):
@@ -104,8 +119,10 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection | None = None,
         spec: ModelSpec | None = None,
+        layers: Layers | None = None,
         **_: Any,
     ) -> None:
+        """`layers`: the modules it is made of. Where they have norm and linear in one, the norm before it is inside."""
         super().__init__(config)
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
@@ -115,11 +132,11 @@ class PackedAttention(MegatronModule):
         self.groups = max(1, groups // tp)  # key/value heads on this rank
         self.queries = heads // groups // self.ranks_per_group  # query heads on this rank per key/value head
         width = (heads + 2 * groups) * self.head_dim
-        common = dict(config=config, skip_bias_add=True, init_method=config.init_method)
-        self.linear_qkv = ColumnParallelLinear(
+        common = dict(config=config, skip_bias_add=True, init_method=config.init_method, is_expert=False)
+        self.linear_qkv = (layers.norm_column or layers.column)(
             config.hidden_size, width, gather_output=False, tp_group=pg_collection.tp, bias=spec.qkv_bias, **common
         )
-        self.linear_proj = RowParallelLinear(
+        self.linear_proj = layers.row(
             config.num_attention_heads * self.head_dim,
             config.hidden_size,
             input_is_parallel=True,
@@ -129,7 +146,7 @@ class PackedAttention(MegatronModule):
         )
         self.q_layernorm = self.k_layernorm = None
         if spec.qk_norm == "head":
-            self.q_layernorm, self.k_layernorm = (RMSNorm(config, self.head_dim, spec.norm_eps) for _ in range(2))
+            self.q_layernorm, self.k_layernorm = (layers.norm(config, self.head_dim, spec.norm_eps) for _ in range(2))
         elif spec.qk_norm == "all":
             self.q_layernorm = HeadsNorm(config, heads * self.head_dim, spec.norm_eps, self.tp_group)
             self.k_layernorm = HeadsNorm(
@@ -140,6 +157,7 @@ class PackedAttention(MegatronModule):
         if spec.sinks:  # of the query heads of this rank
             self.sinks = torch.nn.Parameter(torch.zeros(heads // tp, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.sinks, is_parallel=True, dim=0, stride=1)
+        self.core_attention = layers.core(config, layer_number, spec, pg_collection)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: PackedRow | None = None, **_: Any
@@ -149,7 +167,11 @@ class PackedAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
         query = query.reshape(-1, self.groups * self.queries, self.head_dim)
-        out = attend(query, key.squeeze(2), value.squeeze(2), packed_seq_params, self.window, self.sinks)
+        key, value = key.squeeze(2), value.squeeze(2)
+        if self.core_attention is not None:
+            out = self.core_attention(query, key, value, packed_seq_params)
+        else:
+            out = attend(query, key, value, packed_seq_params, self.window, self.sinks)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,3 +278,6 @@ def attend(
         outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.restore is None else out.index_select(0, layout.restore)
+
+
+TORCH = Layers("torch", norm=RMSNorm, column=ColumnParallelLinear, row=RowParallelLinear, replicated=Down, moe=MoE)

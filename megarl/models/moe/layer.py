@@ -58,14 +58,20 @@ class MoE(MoELayer):
     It stands in a layer's spec as the class itself: of a `ModuleSpec` Megatron knows its own classes only.
     """
 
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)  # of the shared experts
+    reads_in_place = True  # the experts take `Routed`
+
     def __init__(self, config: TransformerConfig) -> None:
         groups = get_default_pg_collection()
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-        experts = BiasedExperts if config.add_bias_linear else GroupedExperts
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=self.linears)
         super().__init__(
-            config, MoESubmodules(experts=experts, shared_experts=shared), pg_collection=groups
+            config, MoESubmodules(experts=self.experts_of(config), shared_experts=shared), pg_collection=groups
         )
-        if groups.ep.size() * groups.expt_tp.size() == 1:
+        if self.reads_in_place and groups.ep.size() * groups.expt_tp.size() == 1:
             self.router = PairRouter(config, groups)
             self.token_dispatcher = LocalDispatcher(config, groups)
+
+    @staticmethod
+    def experts_of(config: TransformerConfig) -> type | ModuleSpec:
+        """The module of a rank's experts."""
+        return BiasedExperts if config.add_bias_linear else GroupedExperts
