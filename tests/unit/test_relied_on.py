@@ -58,6 +58,14 @@ MEGATRON = {
     "optimizer/distrib_optimizer.py": {
         "DistributedOptimizer._set_main_param_and_optimizer_states": "self model_param tensors",
         "DistributedOptimizer.model_param_group_index_map": "",
+        "Adam": "", "HAVE_APEX_OR_TE": "", "USING_TE_OPTIMIZER": "", "USING_APEX_OPTIMIZER": "", "gc": "",
+    },
+    "optimizer/__init__.py": {"Adam": "", "USING_PYTORCH_OPTIMIZER": ""},
+    "optimizer/optimizer_config.py": {"is_te_min_version": ""},
+    "optimizer/cpu_offloading/hybrid_optimizer.py": {
+        "HybridDeviceOptimizer._get_sub_optimizer_param_groups": "self offload_fraction",
+        "HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo": "self",
+        "HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers": "self",
     },
     "optimizer/optimizer.py": {
         "MegatronOptimizer.get_main_grads_for_grad_norm": "self",
