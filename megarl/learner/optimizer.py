@@ -190,8 +190,9 @@ def after_loading(optimizer: Any) -> None:
     """
     for hybrid in _hybrid_optimizers(optimizer):
         hybrid._sync_hdo_state_to_sub_optimizers()
-    for inner, p in _torch_parameters(optimizer):
-        inner.state[p]["step"] = inner.state[p]["step"].clone()
+    for inner, p in _torch_parameters(optimizer):  # a fused kernel reads the count where the parameter is
+        where = p.device if inner.defaults["fused"] else "cpu"
+        inner.state[p]["step"] = inner.state[p]["step"].to(where, copy=True)
     _set_ways(optimizer)
 
 

@@ -120,6 +120,19 @@ def gated_experts(
     return _module().gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`x[rows]`, rows several times or never; differentiable. The gradient is the same bits every time."""
+    return _module().take_rows(x, rows)
+
+
+def sum_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`[count, ..]`: the sums of those `values [n, ..]` that have the same of `rows [n]`; differentiable.
+
+    The same bits every time: a pass that is computed again has to give the same log-probs.
+    """
+    return _module().sum_rows(values, rows, count)
+
+
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows `ends[e-1]:ends[e]` of `x [n, K]` times `weight[e].T` plus `bias[e]`: `[n, N]`; differentiable.
 

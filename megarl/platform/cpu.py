@@ -91,6 +91,14 @@ def gated_experts(
     return GatedExperts.apply(x, weight1, weight2, ends, probs, rows)
 
 
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, rows)
+
+
+def sum_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    return values.new_zeros(count, *values.shape[1:]).index_add(0, rows, values)
+
+
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     from megarl.platform.cpu_grouped import GroupedLinear
 

@@ -69,6 +69,14 @@ def gated_experts(
     return cuda_experts.gated_experts(x, weight1, weight2, ends, probs, rows)
 
 
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x[rows]  # its gradient sorts before it adds up, that of `index_select` adds in any order
+
+
+def sum_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    return values.new_zeros(count, *values.shape[1:]).index_put((rows,), values, accumulate=True)
+
+
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     from megarl.platform import cuda_experts
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarl import platform
+
 ALIGNMENT = 16  # bytes
 
 
@@ -15,10 +17,10 @@ def gated_experts(
     x: Tensor, weight1: Tensor, weight2: Tensor, ends: Tensor, probs: Tensor, rows: Tensor | None
 ) -> Tensor:
     """See `platform.gated_experts`."""
-    own = x if rows is None else x.index_select(0, rows)
+    own = x if rows is None else platform.take_rows(x, rows)
     first, second = (getattr(weight, "product", grouped_mm) for weight in (weight1, weight2))
     out = second(WeightedSwiGLU.apply(first(own, weight1.flatten(1, 2), ends), probs), weight2, ends)
-    return out if rows is None else torch.zeros_like(x).index_add(0, rows, out)
+    return out if rows is None else platform.sum_rows(out, rows, len(x))
 
 
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

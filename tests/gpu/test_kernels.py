@@ -60,6 +60,23 @@ def test_gated_experts(cuda, counts, width, dtype):
     assert_agree(found, expected, tensors, precise)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_give_the_same_bits_every_time(cuda, dtype):
+    """Eight a token, whose results are added up in whatever order they come by `index_add`: then ratios are not 1."""
+    tokens, top_k, experts = 3000, 8, 16
+    x, weight1, weight2, probs = tensors = drawn(
+        (tokens, 64), (experts, 2, 32, 64), (experts, 64, 32), (tokens * top_k,), device=cuda, dtype=dtype
+    )
+    rows = torch.arange(tokens, device=cuda).repeat(top_k)
+    ends = torch.arange(1, experts + 1, device=cuda).mul(tokens * top_k // experts).int()
+    upstream = torch.ones_like(x)
+    runs = []
+    for _ in range(10):
+        out = platform.gated_experts(x, weight1, weight2, ends, probs, rows)
+        runs.append((out, *torch.autograd.grad(out, tensors, upstream)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
 @DTYPES
 def test_grouped_linear(cuda, dtype):
     counts = torch.tensor([5, 0, 100], device=cuda)

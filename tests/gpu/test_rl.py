@@ -26,6 +26,20 @@ def test_rl_steps_and_going_on(tmp_path, dtype, record_property):
     record_property("seconds a step", f"{min(row['time/step'] for row in rows):.2f}")
 
 
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("command", ["sync", "routing", "precision", "conversion"])
+def test_verifications(tmp_path, command, record_property):
+    project = Project.create(tmp_path, **ONE)
+    if command == "conversion":
+        made = project.megarl("verify", "precision", project.config)  # any command makes the model
+        assert made.returncode == 0, made.stderr
+        done = project.megarl("verify", "conversion", project.model, "--nproc", 1)
+    else:
+        done = project.megarl("verify", command, project.config)
+    record_property("last line", (done.stdout.splitlines() or [""])[-1])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.timeout(600)
 def test_more_ranks_than_gpus_are_refused(tmp_path):
     count = torch.cuda.device_count() + 1

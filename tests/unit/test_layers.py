@@ -201,6 +201,18 @@ def test_grouped_linear_and_its_gradients(way, width):
     assert all(torch.allclose(a, b, atol=1e-5, rtol=0) for a, b in zip((out, *mine), (expected, *plain), strict=True))
 
 
+@pytest.mark.parametrize("way", [cpu, cuda])
+def test_rows_are_taken_and_summed(way):
+    torch.manual_seed(0)
+    rows = torch.tensor([3, 0, 3, 3, 1])
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    which = torch.nn.functional.one_hot(rows, 5).double()
+    found, expected = way.sum_rows(way.take_rows(x, rows), rows, 5), which.t() @ (which @ x)
+    upstream = torch.randn_like(x)
+    pairs = zip((found, *torch.autograd.grad(found, x, upstream)), (expected, *torch.autograd.grad(expected, x, upstream)))
+    assert all(torch.allclose(a, b, atol=1e-14, rtol=0) for a, b in pairs)
+
+
 def test_clamped_activation_and_its_gradient():
     torch.manual_seed(0)
     gate_up = (6 * torch.randn(40, 8, dtype=torch.float64)).requires_grad_()

@@ -58,6 +58,14 @@ MEGATRON = {
     "optimizer/distrib_optimizer.py": {
         "DistributedOptimizer._set_main_param_and_optimizer_states": "self model_param tensors",
         "DistributedOptimizer.model_param_group_index_map": "",
+        "Adam": "", "HAVE_APEX_OR_TE": "", "USING_TE_OPTIMIZER": "", "USING_APEX_OPTIMIZER": "", "gc": "",
+    },
+    "optimizer/__init__.py": {"Adam": "", "USING_PYTORCH_OPTIMIZER": ""},
+    "optimizer/optimizer_config.py": {"is_te_min_version": ""},
+    "optimizer/cpu_offloading/hybrid_optimizer.py": {
+        "HybridDeviceOptimizer._get_sub_optimizer_param_groups": "self offload_fraction",
+        "HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo": "self",
+        "HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers": "self",
     },
     "optimizer/optimizer.py": {
         "MegatronOptimizer.get_main_grads_for_grad_norm": "self",
@@ -93,6 +101,20 @@ VLLM = {
     "model_executor/layers/fused_moe/experts/cpu_moe.py": {
         "CPUUnquantizedExperts.apply": "self output hidden_states topk_weights topk_ids expert_map",
         "CPUUnquantizedExperts.isa": "",
+        "CPUExpertsFp8.apply":
+            "self output hidden_states w1 w2 topk_weights topk_ids expert_map apply_router_weight_on_input",
+        "prepare_fp8_moe_layer_for_cpu": "",
+    },
+    "model_executor/layers/fused_moe/experts/triton_moe.py": {"TritonExperts": ""},
+    "model_executor/kernels/linear/__init__.py": {"_POSSIBLE_FP8_BLOCK_KERNELS": ""},
+    "model_executor/kernels/linear/scaled_mm/BlockScaledMMLinearKernel.py": {
+        "Fp8BlockScaledMMLinearKernel.apply_weights": "self layer x bias",
+        "Fp8BlockScaledMMLinearKernel.process_weights_after_loading": "self layer",
+    },
+    "model_executor/kernels/linear/scaled_mm/cutlass.py": {"CutlassFp8BlockScaledMMKernel": ""},
+    "model_executor/kernels/linear/scaled_mm/triton.py": {"TritonFp8BlockScaledMMKernel": ""},
+    "model_executor/layers/quantization/fp8.py": {
+        "Fp8Config.get_supported_act_dtypes": "cls", "Fp8LinearMethod.fp8_linear": "",
     },
     "model_executor/layers/fused_moe/oracle/unquantized.py": {"UnquantizedMoeBackend.TRITON": ""},
     "model_executor/layers/fused_moe/routed_experts.py": {
@@ -257,7 +279,8 @@ def replaced(file: Path) -> set[str]:
 
 
 def test_the_table_has_whatever_is_replaced():
-    known = {name.rpartition(".")[2] for table in (MEGATRON, VLLM) for wanted in table.values() for name in wanted}
+    every = (name for table in (MEGATRON, VLLM) for wanted in table.values() for name in wanted)
+    known = {part for name in every for part in name.split(".")}
     found = {name for file in (Path(__file__).parents[2] / "megarl" / "platform").glob("*.py") for name in replaced(file)}
     assert {"layers.linear_with_grad_accumulation_and_async_allreduce", "CheckpointWithoutOutput.__init__"} <= found
     # what a subclass gets from its base, and is replaced in it

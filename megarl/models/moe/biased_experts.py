@@ -29,13 +29,13 @@ class BiasedExperts(GroupedExperts):
         """See `GroupedExperts.forward`."""
         counts, rows = routed if isinstance(routed, Routed) else (routed, None)
         ends = torch.as_tensor(counts, device=hidden.device).cumsum(0).to(torch.int32)
-        own = hidden if rows is None else hidden.index_select(0, rows)
+        own = hidden if rows is None else platform.take_rows(hidden, rows)
         activated = ClampedSwiGLU.apply(platform.grouped_linear(own, self.weight1, self.bias1, ends))
         if hasattr(self.weight2, "product"):  # in FP8 rows of padding are 0, and stay so in spite of the bias
             activated = activated.masked_fill((own == 0).all(dim=1, keepdim=True), 0.0)
         out = platform.grouped_linear(activated, self.weight2, self.bias2, ends)
         out = out * probs.to(out.dtype)[:, None]
-        return (out if rows is None else torch.zeros_like(hidden).index_add(0, rows, out)), None
+        return (out if rows is None else platform.sum_rows(out, rows, len(hidden))), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """All four as shards of `[E, ...]`."""
