@@ -53,7 +53,10 @@ BACKEND = ("torch_dist", 1)
 # depends on whether experts have an optimizer of their own
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # settings that change no number of a step
-ELSEWHERE = ("run_dir", "resume", "checkpoint", "export", "log", "study", "parallel.nproc", "parallel.timeout_minutes")
+ELSEWHERE = (
+    "run_dir", "resume", "checkpoint", "export", "log", "study", "watchdog", "parallel.nproc", "parallel.timeout_minutes",
+    "parallel.max_restarts",
+)  # fmt: skip
 
 
 class StateOwner(Protocol):
