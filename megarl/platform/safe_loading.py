@@ -38,7 +38,7 @@ ALLOWED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    f"{_DCP}.filesystem": {"_StorageInfo"},
+    f"{_DCP}.filesystem": {"_StorageInfo", "_StoragePrefix"},
     f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch": {"Size"} | {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)},
     "torch.serialization": {"_get_layout"},
