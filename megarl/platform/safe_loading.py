@@ -43,6 +43,7 @@ ALLOWED = {
     "torch": {"Size"} | {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
 }
 
 

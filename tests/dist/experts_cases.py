@@ -33,10 +33,10 @@ def against_dense(ep: int, skewed: bool) -> dict[str, float]:
     mesh = Mesh.build(Parallel(ep=ep))
     from megatron.core.transformer.spec_utils import build_module
 
-    from megarl.models.build import _layer_spec, transformer_config
+    from megarl.models.build import _layer_spec, layers_of, transformer_config
 
     config = transformer_config(SPEC, Model(path="", dtype="float64"), mesh, Parallel(ep=ep))
-    layer = build_module(_layer_spec(SPEC, is_moe=True).submodules.mlp, config=config)
+    layer = build_module(_layer_spec(SPEC, True, layers_of("torch")).submodules.mlp, config=config)
     torch.manual_seed(0)  # the same on every rank
     x = torch.randn(ep * TOKENS, HIDDEN, dtype=torch.float64)
     x = x.abs() + 0.1 if skewed else x

@@ -38,11 +38,11 @@ def build_layer(mesh: Mesh, hidden: int, experts: int, top_k: int, width: int) -
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.spec_utils import build_module
 
-    from megarl.models.build import _layer_spec, transformer_config
+    from megarl.models.build import _layer_spec, layers_of, transformer_config
 
     spec = dataclasses.replace(SPEC, hidden_size=hidden, num_experts=experts, top_k=top_k, moe_intermediate_size=width)
     config = transformer_config(spec, Model(path=""), mesh, Parallel())
-    layer = build_module(_layer_spec(spec, is_moe=True).submodules.mlp, config=config)
+    layer = build_module(_layer_spec(spec, True, layers_of("torch")).submodules.mlp, config=config)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.05)
     return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
