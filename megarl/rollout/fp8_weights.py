@@ -24,6 +24,7 @@ from megarl.config.schema import Model, Rollout
 from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.rules import Region
 from megarl.convert.save import coded_tensors, plain_modules
+from megarl.convert.stacks import Stack, stretch
 from megarl.errors import BadInput
 from megarl.models.fp8 import Quantised, quantize
 from megarl.models.spec import ModelSpec
@@ -218,7 +219,7 @@ def _by_tensor(
 class Coded(Mapping[str, Tensor]):
     """A rank's parameters by Megatron name, with the codes and factors of those that a plan codes, made when asked for."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], plan: SyncPlan, rank: int) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor | Stack], plan: SyncPlan, rank: int) -> None:
         self._parameters, self._plan, self._rank = parameters, plan, rank
         self._made: OrderedDict[str, Quantised] = OrderedDict()
 
@@ -227,8 +228,9 @@ class Coded(Mapping[str, Tensor]):
         if not kind:
             return self._parameters[name]
         if base not in self._made:
-            matrix = self._plan.blocked(base, self._rank).matrix(self._parameters[base].to(platform.device()))
-            self._made[base] = self._plan.fp8.quantise(matrix)
+            found = self._parameters[base]
+            whole = stretch(found, 0, found.numel()).view(found.shape).to(platform.device())
+            self._made[base] = self._plan.fp8.quantise(self._plan.blocked(base, self._rank).matrix(whole))
             if len(self._made) > KEPT_PARAMETERS:
                 self._made.popitem(last=False)
         made = self._made[base]

@@ -11,6 +11,7 @@ from megarl import platform
 from megarl.config.schema import Generate, Model, Parallel, Rollout
 from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.load import family
+from megarl.convert.stacks import Stack
 from megarl.errors import BadInput
 from megarl.models.fp8 import Product, Quantised, dequantize, recipe_of
 from megarl.models.generate import spec_of
@@ -118,6 +119,15 @@ def test_codes_are_those_that_a_learner_in_fp8_multiplies_with(power_of_two):
         f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(2)
     ]
     assert seen == 2 * 2 * 4  # of both ranks' layers: attention in and out, experts in and out
+
+
+def test_experts_that_are_a_parameter_each_have_the_same_codes():
+    plan, name = plan_of(SPEC, Parallel(), 1), "decoder.layers.1.mlp.experts.weight1"
+    parameters = parameters_of(plan, 0, tensors_of(SPEC))
+    stack = Stack(list(parameters[name].flatten(1, 2)), tuple(parameters[name].shape[1:]))
+    one, other = (Coded(parameters | {name: held}, plan, 0) for held in (parameters[name], stack))
+    assert torch.equal(one[name + ":codes"].float(), other[name + ":codes"].float())
+    assert torch.equal(one[name + ":factors"], other[name + ":factors"])
 
 
 def test_the_plan_counts_a_byte_for_a_code_and_four_for_a_factor():
