@@ -71,7 +71,7 @@ def _train_offloaded(spec: Any, cfg: Any, mesh: Any, batch: Any) -> None:
     with torch.no_grad():
         for p in policy.modules[0].parameters():
             p.normal_(std=0.05)
-    policy.optimizer.reload_model_params()
+        policy.optimizer.reload_model_params()
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(Path(folder), mesh, keep=1)
         checkpointer.register("policy", policy)
@@ -87,6 +87,7 @@ def _train_offloaded(spec: Any, cfg: Any, mesh: Any, batch: Any) -> None:
 def _train_with_megatrons_dispatcher(spec: Any, mesh: Any, batch: Any) -> None:
     """In bfloat16, where the router's product is Megatron's own: what several expert-parallel ranks run."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megarl.config.schema import Config, Model, Optimizer
@@ -96,6 +97,7 @@ def _train_with_megatrons_dispatcher(spec: Any, mesh: Any, batch: Any) -> None:
     cfg = Config(model=Model(path="unused", dtype="bfloat16"))
     policy = Policy(spec, cfg, mesh, optimizer=Optimizer(lr=1e-3))
     for layer in policy.modules[0].decoder.layers:
+        layer.mlp.router.__class__ = TopKRouter
         layer.mlp.token_dispatcher = MoEAlltoAllTokenDispatcher(
             spec.num_experts, list(range(spec.num_experts)), policy.config, get_default_pg_collection()
         )

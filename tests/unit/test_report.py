@@ -338,7 +338,7 @@ def test_phases_add_up_within_a_step_and_start_over(monkeypatch):
     with pytest.raises(KeyError), phases("update"):
         raise KeyError
     assert phases.metrics() == {"time/update": Mean(1.0), "time/step": Max(10.0)}
-    assert entered == ["generate", "generate", "update"]
+    assert entered == ["generate", "between phases", "generate", "between phases", "update"]
 
 
 # The memory ledger -----------------------------------------------------------------------------------------------
