@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -256,7 +256,10 @@ class Checkpointer:
         whole = [path for path in found[: found.index(newest)] if _has_all(path)]
         kept = {newest, *whole[max(0, len(whole) - self.keep + 1) :]}
         for path in set(found) - kept:
-            shutil.rmtree(path, ignore_errors=True)
+            going = path.with_name(f".replaced_{path.name}")  # half deleted it must not be found
+            with suppress(OSError):
+                path.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
 
     @contextmanager
     def _agreed(self, save: _Save) -> Iterator[None]:

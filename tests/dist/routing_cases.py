@@ -276,7 +276,7 @@ def _refused(sampler: Any, path: str) -> list[str]:
     """What is said at the start of a vLLM that cannot record, does not, or records a layer or an expert too many."""
     said = []
     for name, answer, start_again in (
-        ("records_routing", False, lambda: sampler._start(path, "float32", False)),
+        ("records_routing", False, lambda: sampler._start(path, "float32", False, None)),
         ("recorded_routing", None, sampler._check_record),
         ("recorded_routing", (5, 3), sampler._check_record),
         ("recorded_routing", (4, 4), sampler._check_record),

@@ -3,6 +3,7 @@ checkpoints, are killed in it, run out of disk, or may not write any more. Print
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import json
 import os
@@ -180,6 +181,7 @@ def without_permission(folder: Path) -> dict[str, Any]:
     run.go_to(1)
     run.checkpointer.save(1)
     folder.chmod(0o555)
+    codecs.lookup("ascii")  # for reading pickles: the interpreter may lie where only root reads
     if os.geteuid() == 0:
         libc.setfsuid(NOBODY)  # of this thread and those it starts
     return failing(run, 2)
