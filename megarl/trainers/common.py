@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -67,6 +69,9 @@ class Loop:
         """Restore the newest checkpoint when `resume` is auto, and open the sinks after it. Collective."""
         folder = Path(cfg.run_dir) / part
         settings = cfg.model_dump(mode="json")
+        # for what draws from them without a generator of its own; a checkpoint has their state
+        random.seed(cfg.seed + mesh.rank)
+        np.random.seed((cfg.seed + mesh.rank) % 2**32)
         checkpointer = Checkpointer(folder / "checkpoints", mesh, cfg.checkpoint.keep, settings)
         clock = Clock()
         alarms = Alarms(cfg.alarms)

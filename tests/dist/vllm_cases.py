@@ -551,7 +551,9 @@ class _LiveBytes(TorchDispatchMode):
         self.peak, self.refs = 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {self._storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        leaves = tree_leaves((args, kwargs))
+        before = {self._storage(x)._cdata for x in leaves if isinstance(x, torch.Tensor)}
+        before |= {x._cdata for x in leaves if isinstance(x, torch.UntypedStorage)}  # of `set_`
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and self._storage(tensor)._cdata not in before:

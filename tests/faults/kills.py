@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -51,6 +52,7 @@ class Run:
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, MARK: str(self.part_dir), "TMPDIR": str(self.scratch)}
+        clean.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"))
         self.process = subprocess.Popen(
             self.command, env=clean, stdout=self.output, stderr=self.output, start_new_session=True
         )

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ def program(folder: Path, kills: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict[str, Any]:
-    return program(tmp_path_factory.mktemp("faults") / "run", kills=8)
+def seen() -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="megarl-faults-") as folder:  # pytest's own is for its user alone
+        Path(folder).chmod(0o755)
+        yield program(Path(folder) / "run", kills=8)
 
 
 @pytest.mark.parametrize("fault, why", [("full", "No space left on device"), ("refused", "Permission denied")])
