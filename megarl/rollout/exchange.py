@@ -48,6 +48,13 @@ class Exchange:
         self.mapped: Mapped | None = None
         # codes of FP8 are made anew in every sync
         self.is_mappable = len(self.shared.windows) == mesh.world_size and plan.fp8 is None
+        self._sent = {  # this rank's parameters that others need
+            run.first.entry.source
+            for block in self.schedule
+            for rank, runs in block.outgoing.items()
+            for run in runs
+            if rank != mesh.rank
+        }
 
     @property
     def window_bytes(self) -> int:
@@ -84,7 +91,7 @@ class Exchange:
         """
         if not self.is_mappable:
             return False
-        needed = {name: held[name] for name in self._sent()}
+        needed = {name: held[name] for name in self._sent}
         if self.mapped is None and self.mesh.any(any(isinstance(values, Stack) for values in needed.values())):
             self.is_mappable = False
             return False
@@ -92,10 +99,6 @@ class Exchange:
             self.mapped = platform.map_tensors(needed, (self.mesh.rank, self.mesh.world_size), self.mesh.all_gather_object)
             self.is_mappable = self.mapped is not None
         return self.is_mappable
-
-    def _sent(self) -> set[str]:
-        others = (runs for block in self.schedule for rank, runs in block.outgoing.items() if rank != self.mesh.rank)
-        return {run.first.entry.source for runs in others for run in runs}
 
     def _in_place(self, held: Mapping[str, Tensor]) -> Iterator[Moved]:
         """`blocks` of what this rank and the others hold, which nobody changes meanwhile."""

@@ -27,6 +27,7 @@ from megarl.convert.save import coded_tensors, plain_modules
 from megarl.convert.stacks import Stack, stretch
 from megarl.errors import BadInput
 from megarl.models.fp8 import Quantised, quantize
+from megarl.models.layers.fp8_layers import check_skipped
 from megarl.models.spec import ModelSpec
 from megarl.rollout.engine_shards import EXPERT, Box, EngineDegrees
 from megarl.rollout.names import layer_of
@@ -66,12 +67,7 @@ class Fp8Weights:
         """None when `rollout.fp8` asks for none. Raises BadInput for a model that vLLM has no FP8 layers for."""
         if rollout.fp8 == "none":
             return None
-        kept = model.fp8_skip_first + model.fp8_skip_last
-        if kept >= spec.num_layers:
-            raise BadInput(
-                f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or "
-                "set rollout.fp8: none"
-            )
+        check_skipped(model, spec, "rollout.fp8")
         if spec.family == "gpt_oss" or spec.kv_lora_rank:  # vLLM multiplies latent attention's weights with each other
             raise BadInput(f"rollout.fp8 = 'blockwise': not for {spec.family}; set rollout.fp8: none")
         return cls(spec, model.fp8_skip_first, model.fp8_skip_last, model.fp8_power_of_two)

@@ -326,9 +326,13 @@ def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -
         engine.reload_reason, engine._direct = None, direct
     out["parked"] = _parked(weight_sync, policy, parallel, spoil, check)
     exchange.platform.map_tensors = plain_map
-    for chunk in policy.modules:  # parameters that have moved since are mapped again
+    for chunk in policy.modules:  # parameters that have moved since are mapped again, not read where they were
         for parameter in chunk.parameters():
             parameter.data = parameter.data.clone()
+    mesh.barrier()
+    for theirs in weight_sync.exchange.mapped.others.values():
+        for tensor in theirs.values():
+            tensor.zero_()
     spoil()
     weight_sync.run(policy.modules, 1)
     out["moved"] = check()

@@ -185,13 +185,13 @@ def _weights(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
     return {"weight": weight} if name.split(".")[-1].startswith("linear_") and weight is not None else {}
 
 
-def check_skipped(model: Model, spec: ModelSpec) -> None:
-    """Raises BadInput where the `model` section leaves no layer in FP8."""
+def check_skipped(model: Model, spec: ModelSpec, setting: str = "model.fp8") -> None:
+    """Raises BadInput where the `model` section leaves no layer in FP8, which `setting` asks for."""
     kept = model.fp8_skip_first + model.fp8_skip_last
     if kept >= spec.num_layers:
         raise BadInput(
             f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or set "
-            "model.fp8: none"
+            f"{setting}: none"
         )
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from megarl import platform
 from megarl.config.schema import Model
-from megarl.errors import BadInput
 from megarl.models.fp8 import E4M3, Recipe, recipe_of
-from megarl.models.layers.fp8_layers import _check_sizes, _Padding
+from megarl.models.layers.fp8_layers import _check_sizes, _Padding, check_skipped
 from megarl.models.spec import ModelSpec
 from megarl.parallel import Mesh
 from megarl.platform import features, te_patches
@@ -51,12 +50,7 @@ class TEFP8:
 
     def __init__(self, chunks: Sequence[nn.Module], recipe: Recipe, model: Model, spec: ModelSpec, mesh: Mesh) -> None:
         """Raises BadInput, naming what works, for sizes or a number of kept layers that cannot be."""
-        kept = model.fp8_skip_first + model.fp8_skip_last
-        if kept >= spec.num_layers:
-            raise BadInput(
-                f"model.fp8_skip_first + fp8_skip_last = {kept}: no layer of {spec.num_layers} is left in FP8; lower them, or "
-                "set model.fp8: none"
-            )
+        check_skipped(model, spec)
         if recipe.name == "blockwise":
             te_patches.scale_blocks(recipe.power_of_two)
         self._configs = [chunk.config for chunk in chunks]
