@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -291,15 +292,21 @@ class SyncPlan:
             layers[key] = layers.get(key, 0) + entry.bytes
         return max(layers.values())
 
-    def received(self, rank: int) -> list[dict[int, int]]:
-        """The bytes that a rank gets in each block, by sender; its own under its own number."""
-        out: list[dict[int, int]] = []
-        for shares in self.shares(0 if self.whole else rank % self.engine.ranks):
-            out.append({})
-            for (stage, group, shard), size in shares.items():
-                sender = self.learner.sender(stage, group, shard, rank)
-                out[-1][sender] = out[-1].get(sender, 0) + size
+    def received(self, rank: int) -> dict[int, int]:
+        """The bytes that a rank gets in a sync, by sender; its own under its own number."""
+        out: dict[int, int] = {}
+        for (stage, group, shard), size in self._totals(0 if self.whole else rank % self.engine.ranks).items():
+            sender = self.learner.sender(stage, group, shard, rank)
+            out[sender] = out.get(sender, 0) + size
         return out
+
+    @functools.cache  # noqa: B019 - the ranks of one engine
+    def _totals(self, index: int) -> Counter[tuple[int, str, Shard]]:
+        """`shares` of all blocks together."""
+        totals: Counter[tuple[int, str, Shard]] = Counter()
+        for block in self.shares(index):
+            totals.update(block)
+        return totals
 
     @functools.cache  # noqa: B019 - the ranks of one engine
     def shares(self, index: int) -> list[dict[tuple[int, str, Shard], int]]:
@@ -323,8 +330,8 @@ class SyncPlan:
     def traffic(self, rank: int) -> Traffic:
         """The bytes that a rank's engine part is made of, and where they come from."""
         found = self.received(rank)
-        local = sum(senders.pop(rank, 0) for senders in found)
-        received = sum(sum(senders.values()) for senders in found)
+        local = found.pop(rank, 0)
+        received = sum(found.values())
         bound = replace(self, whole=False).traffic(rank).received if self.whole else received
         return Traffic(local, received, bound)
 

@@ -229,6 +229,14 @@ def test_sync_volume_is_the_plans_traffic(layout):
     assert sync_volume(plan, 0, gpus_per_node=4).network == 0 < sync_volume(plan, 0, gpus_per_node=2).network
 
 
+def test_engines_that_vllm_reloads_are_sent_everything(layout):
+    """As `WeightSync` plans it: of latent attention and of gpt-oss every rank gets full tensors."""
+    for name, whole in (("deepseek-v3", True), ("gpt-oss-120b", True), ("mixtral-8x7b", False)):
+        spec = ModelShape.from_folder(MODELS / name).spec
+        spec = replace(spec, num_layers=2, moe_layers=(1,), windows=spec.windows[:2])
+        assert sync_plan(layout(2).cfg, spec, 2).whole == whole
+
+
 def test_a_checkpoint_has_weights_main_weights_and_moments(layout):
     assert checkpoint_bytes(layout(1)) == SMALL.parameters * (2 + 4 + 8)
 

@@ -9,7 +9,9 @@ plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank may
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import math
 import os
 import time
 from collections import Counter
@@ -20,10 +22,12 @@ from megarl import platform
 from megarl.config import load_config
 from megarl.config.schema import Config, Parallel
 from megarl.convert import read_spec
+from megarl.convert.rules import Shard
 from megarl.models.spec import ModelSpec
 from megarl.plan.hardware import named
 from megarl.plan.seconds import phase_seconds, step_seconds
 from megarl.plan.shape import ModelShape, Workload
+from megarl.plan.volume import is_reloaded
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.learner_shards import LearnerLayout
 from megarl.rollout.sync_plan import SyncPlan
@@ -137,6 +141,7 @@ def draw(curves: list[Curve], file: Path) -> None:
 # -- weight sync ---------------------------------------------------------------------------------------------------
 
 RANKS = 1024
+PORTION = 256 << 20  # bytes that the experts of a block are taken in portions of, as on CUDA
 LEARNERS = {
     "qwen3-235b-a22b": {
         "tp 2 pp 8 ep 16": dict(tp=2, pp=8, ep=16, embedding_in_split=True, loss_in_split=True),
@@ -174,31 +179,33 @@ class Simulated:
     seconds: float
 
 
-def simulate(spec: ModelSpec, parallel: Parallel, engine: EngineDegrees, world: int = RANKS) -> Simulated:
-    """Every rank's part of the plan. Raises AssertionError where a rank would hold the whole model."""
+def simulate(
+    spec: ModelSpec, parallel: Parallel, engine: EngineDegrees, whole: bool = False, world: int = RANKS
+) -> Simulated:
+    """Every rank's part of the plan. Raises AssertionError where a rank would hold the whole model.
+
+    `whole`: the engine is given full tensors, of which it keeps what it hosts before the next ones come.
+    """
     start = time.perf_counter()
-    plan = SyncPlan(spec, "bfloat16", LearnerLayout.of(parallel, world, spec.num_layers), engine)
-    hosted = [sum(bytes_of(plan, index).values()) for index in range(engine.ranks)]
+    portion = 0 if whole else PORTION
+    plan = SyncPlan(spec, "bfloat16", LearnerLayout.of(parallel, world, spec.num_layers), engine, whole, portion)
+    parts = replace(plan, whole=False)
+    hosted = [sum(bytes_of(parts, index).values()) for index in range(engine.ranks)]
+    in_flight = max(two_blocks(plan, 0 if whole else index) for index in range(1 if whole else engine.ranks))
+    assert in_flight < plan.bytes / 10, f"a rank is sent {in_flight} bytes of {plan.bytes} at once"
     sent, received, network, bound = Counter(), [], 0, 0
-    in_flight = most = 0
     for rank in range(world):
-        blocks = plan.received(rank)
-        own = sum(senders.pop(rank, 0) for senders in blocks)
-        sizes = [sum(senders.values()) for senders in blocks]
-        for sender, size in ((s, n) for senders in blocks for s, n in senders.items()):
+        senders, needed = plan.received(rank), hosted[rank % engine.ranks]
+        own = senders.pop(rank, 0)
+        received.append(sum(senders.values()))
+        assert own + received[-1] == (plan.bytes if whole else needed), "what arrives is what the rank is to be given"
+        assert needed + shard_bytes(plan, rank) + in_flight < plan.bytes, f"rank {rank} holds as much as the whole model"
+        for sender, size in senders.items():
             sent[sender] += size
             network += size * (sender // NODE != rank // NODE)
-        most = max([a + b for a, b in itertools.pairwise(sizes)])
-        in_flight = max(in_flight, most)
-        received.append(sum(sizes))
-        needed = hosted[rank % engine.ranks]
-        assert own + received[-1] == needed, "what arrives is what the rank hosts"
-        shard = sum(plan_shard(plan, rank))
-        assert in_flight < plan.bytes / 20, f"rank {rank} is sent {in_flight} bytes of {plan.bytes} at once"
-        assert needed + shard + in_flight < plan.bytes, f"rank {rank} holds as much as the whole model"
-        bound += needed - own
+        bound += plan.traffic(rank).bound if whole else needed - own
     return Simulated(
-        plan.bytes, max(hosted), sum(received), bound, network, node_bound(plan, world), max(received), max(sent.values()),
+        plan.bytes, max(hosted), sum(received), bound, network, node_bound(parts, world), max(received), max(sent.values()),
         sum(sent.values()) / len(sent), in_flight, time.perf_counter() - start,
     )  # fmt: skip
 
@@ -215,20 +222,21 @@ def bytes_of(plan: SyncPlan, index: int) -> dict[str, int]:
     return out
 
 
-def plan_shard(plan: SyncPlan, rank: int) -> list[int]:
-    """Bytes of the parameters that a rank of the learner has, in the precision of the sync."""
-    shard, stage = plan.learner.shard(rank), rank // (plan.learner.world // plan.learner.pp)
-    key = (stage, shard.tp_rank, shard.ep_rank, shard.etp_rank)
-    cache = plan.__dict__.setdefault("_shards", {})
-    if key not in cache:
-        sizes = []
-        for shape in plan.held(rank).values():
-            size = 2
-            for n in shape:
-                size *= n
-            sizes.append(size)
-        cache[key] = sizes
-    return cache[key]
+def two_blocks(plan: SyncPlan, index: int) -> int:
+    """Bytes of the two neighbouring blocks with most that a rank of an engine is given, which are held at once."""
+    return max(a + b for a, b in itertools.pairwise(sum(shares.values()) for shares in plan.shares(index)))
+
+
+def shard_bytes(plan: SyncPlan, rank: int) -> int:
+    """Of the parameters that a rank of the learner has, in the precision of the sync."""
+    learner = plan.learner
+    return _shard_bytes(plan, rank // (learner.world // learner.pp), learner.shard(rank))
+
+
+@functools.cache
+def _shard_bytes(plan: SyncPlan, stage: int, shard: Shard) -> int:
+    rules = (rule for block in plan.blocks for rule, _ in block if plan.learner.stage(rule.megatron) == stage)
+    return sum(2 * math.prod(shape) for shape in {r.megatron: r.local_shape(plan.spec, shard) for r in rules}.values())
 
 
 def node_bound(plan: SyncPlan, world: int) -> int:
@@ -238,12 +246,11 @@ def node_bound(plan: SyncPlan, world: int) -> int:
     """
     total, learner = 0, plan.learner
     for node in range(0, world, NODE):
-        indices = {rank % plan.engine.ranks for rank in range(node, node + NODE)}
-        for blocks in zip(*(plan.shares(index) for index in indices)):
-            for key in set().union(*blocks):
-                if not has(learner.holders(*key), node):
-                    sizes = [block.get(key, 0) for block in blocks]
-                    total += max(sizes) if key[1] == "" else sum(sizes)
+        parts = [plan._totals(index) for index in {rank % plan.engine.ranks for rank in range(node, node + NODE)}]
+        for key in set().union(*parts):
+            if not has(learner.holders(*key), node):
+                sizes = [part[key] for part in parts]
+                total += max(sizes) if key[1] == "" else sum(sizes)
     return total
 
 
@@ -260,8 +267,12 @@ def sync_lines() -> list[str]:
     ]
     for model, learners in LEARNERS.items():
         spec = read_spec(ROOT / "configs" / "models" / model)
-        for (where, degrees), (name, engine) in itertools.product(learners.items(), ENGINES.items()):
-            found = simulate(spec, Parallel(**degrees), engine)
+        ways = [False, True] if is_reloaded(spec) else [False]
+        for (where, degrees), (name, engine), whole in itertools.product(learners.items(), ENGINES.items(), ways):
+            if whole and engine.ranks < 32:
+                continue
+            found = simulate(spec, Parallel(**degrees), engine, whole)
+            name += ", reloaded" if whole else ""
             gb, each = 1e9, 1e9 * RANKS
             lines.append(
                 f"| {model}, {found.model / gb:,.0f} | {where} | {name} | {found.hosted / gb:.1f} GB | "
