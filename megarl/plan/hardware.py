@@ -113,21 +113,21 @@ CHIPS = {
     ),
     "cpu": Hardware(
         "cpu",
-        # no data sheet: a rank on one core of the two-core AMD EPYC that this was written on, measured by
-        # `megarl plan --calibrate` (2026-11-29); BF16 products are slower than float32 there
-        flops={"float32": 200 * GIGA, "bfloat16": 20 * GIGA},
-        memory_bytes=8 * GIB,
-        memory_bandwidth=10 * GIGA,
+        # no data sheet: one of two ranks on a two-core AMD EPYC, measured by `megarl plan --calibrate` with both at work,
+        # 2026-11-29; what was reached, so that the shares are 1
+        flops={"float32": 100 * GIGA, "bfloat16": 200 * GIGA},
+        memory_bytes=12 * GIB,
+        memory_bandwidth=27 * GIGA,
         link_bandwidth=2 * GIGA,  # gloo through the loopback interface
         network_bandwidth=2 * GIGA,
         gpus_per_node=2,
-        host_bandwidth=10 * GIGA,
-        storage_bandwidth=0.5 * GIGA,
-        link_latency=200e-6,
-        network_latency=200e-6,
+        host_bandwidth=27 * GIGA,
+        storage_bandwidth=0.5 * GIGA,  # an assumption
+        link_latency=500e-6,
+        network_latency=500e-6,
         decode_overhead=10e-3,
         host_flops=20 * GIGA,
-        efficiency=Efficiency(1.0, 0.5, 0.5, 1.0, 1.0, 1.0, 0.8),  # the figures above are what was reached, not peaks
+        efficiency=Efficiency(1.0, 0.8, 0.25, 1.0, 1.0, 1.0, 0.8),
     ),
 }
 

@@ -15,7 +15,8 @@ from megarl.config.schema import Config
 from megarl.plan.shape import ACTIVATION_BYTES, ModelShape, Rows
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.fp8_weights import Fp8Weights
-from megarl.rollout.sync_plan import LearnerLayout, SyncPlan, layer_stages
+from megarl.rollout.learner_shards import LearnerLayout, layer_stages
+from megarl.rollout.sync_plan import SyncPlan
 
 if TYPE_CHECKING:
     from megarl.models.spec import ModelSpec
@@ -292,11 +293,10 @@ class SyncVolume:
 def sync_volume(plan: SyncPlan, rank: int, gpus_per_node: int) -> SyncVolume:
     """What a rank receives, by where it comes from."""
     found = {"local": 0, "node": 0, "network": 0}
-    for block in range(len(plan.blocks)):
-        for sender, pieces in plan.incoming(block, rank).items():
+    for senders in plan.received(rank):
+        for sender, size in senders.items():
             near = sender // gpus_per_node == rank // gpus_per_node
-            kind = "local" if sender == rank else "node" if near else "network"
-            found[kind] += sum(piece.bytes for piece in pieces)
+            found["local" if sender == rank else "node" if near else "network"] += size
     return SyncVolume(**found, bound=plan.traffic(rank).bound)
 
 

@@ -17,7 +17,8 @@ from megarl import platform
 from megarl.config.schema import Generate, Parallel
 from megarl.models.generate import spec_of
 from megarl.rollout.engine_shards import EngineDegrees
-from megarl.rollout.sync_plan import LearnerLayout, SyncPlan, layer_stages
+from megarl.rollout.learner_shards import LearnerLayout, layer_stages
+from megarl.rollout.sync_plan import SyncPlan
 
 platform.setup()
 SHAPE = dict(hidden_size=16, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=4, intermediate_size=16)
