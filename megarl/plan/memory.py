@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megarl import algorithms
-from megarl.config.schema import Config, Optimizer
+from megarl.config.schema import Config, Optimizer, Parallel
 from megarl.convert import read_spec
 from megarl.learner.policy import Role
 from megarl.models.generate import spec_of
@@ -182,7 +183,7 @@ def fullest_row(cfg: Config, spec: ModelSpec, work: Workload) -> Row:
             lengths.append(length)
     lengths = lengths or [budget]
     scored = sum(lengths) - len(lengths) * prompt
-    return Row.of(lengths, cfg.parallel, scored, spec.windows)
+    return _row_for(tuple(lengths), (cfg.parallel.tp, cfg.parallel.cp), scored, spec.windows)
 
 
 def _activations(cfg: Config, spec: ModelSpec, row: Row, provider: str, hardware: Hardware) -> Activations:
@@ -258,3 +259,40 @@ def _rank(
         phase: {owner: owners[owner] for owner in OWNERS if any(owners.get(owner, (0, 0)))} for phase, owners in phases.items()
     }
     return RankPlan(rank, stage, len(layers), ordered, kept)
+
+
+def estimate(
+    cfg: Config, world: int, hardware: Hardware, work: Workload | None = None, reserve: float | None = None, phase: str = ""
+) -> float:
+    """Without building anything: the fullest stage's share of the capacity in an update, or with `phase` "free" the bytes
+    that the learner leaves to vLLM.
+
+    From the model's table of weights; norms and routers count as cut over tp, which they are not.
+    """
+    spec, is_cpu = spec_of_config(cfg), hardware.name.startswith("cpu")
+    work, shape, p = work or Workload.of(cfg), ModelShape.of(spec), cfg.parallel
+    rows = Rows.of(work, shape, world // (p.tp * p.cp * p.pp), p.pp if p.vpp else 1)
+    layout = layout_of(cfg, shape, world, rows)
+    capacity = hardware.memory_bytes - (reserve if reserve is not None else RESERVE["cpu" if is_cpu else "gpu"])
+    acting = _activations(cfg, spec, fullest_row(cfg, spec, work), provider_of(cfg, is_cpu), hardware)
+    trained = 2 if "critic" in models_of(cfg, spec) else 1
+    most = resting = 0.0
+    for stage in range(p.pp):
+        dense, experts = layout.parameters(stage)
+        shards = (layout.dp * p.cp, layout.edp) if p.distributed_optimizer else (1, 1)
+        states = (8 + (4 if layout.item < 4 else 0)) * (dense / shards[0] + experts / shards[1])
+        weights, gradients = (dense + experts) * layout.item, 4 * (dense + experts)
+        layers = layout.stage_layers(stage)
+        kept = acting.stage([layers], stage, rows.micro_batches) + acting.transient(layers, stage == p.pp - 1)
+        away = cfg.rl.optimizer.cpu_offload
+        most = max(most, trained * (weights + gradients + (0 if away else states)) + kept)
+        left = 0 if cfg.memory.param_offload else weights
+        left += 0 if cfg.memory.grad_offload in (None, True) else gradients
+        left += 0 if cfg.memory.optimizer_offload or away else states
+        resting = max(resting, trained * left)
+    return capacity - 1.02 * resting if phase == "free" else most / capacity
+
+
+@functools.lru_cache(maxsize=64)
+def _row_for(lengths: tuple[int, ...], parallel: tuple[int, int], scored: int, windows: tuple[int, ...]) -> Row:
+    return Row.of(lengths, Parallel(tp=parallel[0], cp=parallel[1]), scored, windows)
