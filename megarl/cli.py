@@ -511,6 +511,63 @@ def _degrees(text: str) -> tuple[Any, int]:
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the project.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Ranks (default: those of the configuration).", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="a100, h100, h200, b200, cpu, or a file that --calibrate wrote.")
+    ] = "h100",
+    search: Annotated[bool, typer.Option("--search", help="Also the best layouts that fit, best first.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as a page with bars.")] = None,
+    reserve: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GIB", help="Of a device, for nobody (default: 4, of a CPU rank 1).", show_default=False),
+    ] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean prompt (default: a quarter of the longest).", show_default=False)
+    ] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean response (default: half of the longest).", show_default=False)
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure this machine, with --gpus ranks at once, for --gpu FILE.")
+    ] = None,
+) -> None:
+    """Bytes by owner and seconds of every phase of an RL step, on hardware that need not be there. Builds the real modules.
+
+    Exit code 2, with what would fit, when it does not.
+
+    Example: [bold]megarl plan configs/recipes/qwen3-30b-a3b-gspo.yaml --gpus 32 --gpu h200 parallel.recompute=none[/bold]
+    """
+    if launcher.is_rank():
+        raise BadInput("plan simulates its ranks: run it without torchrun")
+    if calibrate is not None:
+        from megarl.plan.calibrate import calibrate as measure
+        from megarl.plan.shown import describe_hardware
+
+        found = measure(gpus or 1)
+        found.save(calibrate)
+        print("\n".join([*describe_hardware(found), f"written: {calibrate}"]))
+        return
+    if config is None:
+        raise BadInput("plan: CONFIG is missing; give a YAML file, or --calibrate FILE")
+    from megarl.config import load_config
+    from megarl.plan.hardware import named
+
+    chip = named(gpu)
+    cfg = load_config(config, [*(overrides or ()), *([f"parallel.nproc={gpus}"] if gpus else [])], require="model")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # simulated devices are the same on every machine
+    from megarl.plan.command import make_plan, run
+
+    run(make_plan(cfg, gpus, chip, reserve, prompt_tokens, response_tokens, search), config, html)
+
+
+@app.command()
 def replay(
     file: Annotated[
         Path,

@@ -6,6 +6,8 @@ The only caller of `megatron.core.parallel_state`. Rank order is Megatron's: tp 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -58,8 +60,6 @@ class Mesh:
         Raises BadInput when the world does not divide by the layout.
         """
         platform.setup()
-        from megatron.core import parallel_state as ps
-
         rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
         platform.set_device(local_rank)
         platform.set_threads()
@@ -74,6 +74,34 @@ class Mesh:
             dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout, **where)
             # NCCL connects all ranks of a group at its first message, which a weight sync sends between some of them
             dist.all_reduce(torch.zeros(1, device=platform.device()))
+        return cls._over(parallel, rank, local_rank, dist.new_group(backend="gloo", timeout=timeout))
+
+    @classmethod
+    @contextmanager
+    def simulated(cls, parallel: Parallel, rank: int, world_size: int) -> Iterator[Mesh]:
+        """The mesh of one rank of a world that is not there: groups know their ranks, collectives do nothing.
+
+        Only in a process without groups of its own, which has none afterwards either. Raises BadInput as `build`, and
+        RuntimeError when there is a world already.
+        """
+        platform.setup()
+        from megatron.core import parallel_state as ps
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if dist.is_initialized():
+            raise RuntimeError("this process belongs to a world: a simulated one needs a process of its own")
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            yield cls._over(parallel, rank, 0, dist.group.WORLD)
+        finally:
+            ps.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    @classmethod
+    def _over(cls, parallel: Parallel, rank: int, local_rank: int, object_group: ProcessGroup) -> Mesh:
+        """Megatron's groups over the world that torch.distributed has."""
+        from megatron.core import parallel_state as ps
+
         world = dist.get_world_size()
         dense, expert = parallel.tp * parallel.pp * parallel.cp, parallel.etp * parallel.ep * parallel.pp
         if world % dense or world % expert:
@@ -114,7 +142,7 @@ class Mesh:
             ep_group=ps.get_expert_model_parallel_group(),
             etp_group=ps.get_expert_tensor_parallel_group(),
             world_group=dist.group.WORLD,
-            object_group=dist.new_group(backend="gloo", timeout=timeout),
+            object_group=object_group,
         )
 
     @property

@@ -7,6 +7,7 @@ either whole experts or a part of every expert's width. Everything else is on ev
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -41,20 +42,17 @@ class EngineDegrees:
 
     def hosted(self, spec: ModelSpec, rank: int) -> dict[str, Box]:
         """Hugging Face name -> what the world's `rank` hosts of it, in the order of a checkpoint."""
-        out = {}
-        for name, size in family(spec.family).hf_shapes(spec).items():
-            box = self._box(name, size, spec, rank)
-            if box is not None:
-                out[name] = box
+        out, experts = {}, self._experts(spec.num_experts, rank % self.ranks)
+        for tensor in _tensors(spec):
+            if tensor.expert is None or not self.experts:
+                out[tensor.name] = self._box(tensor, spec, rank)
+            elif tensor.expert in experts:
+                out[tensor.name] = tensor.whole
         return out
 
-    def _box(self, name: str, size: tuple[int, ...], spec: ModelSpec, rank: int) -> Box | None:
-        expert = EXPERT.search(name)
-        whole = tuple(slice(0, n) for n in size)
-        if expert and self.experts:
-            return whole if int(expert[1]) in self._experts(spec.num_experts, rank % self.ranks) else None
-        path, _, kind = name.rpartition(".")
-        leaf, index, tp = path.rpartition(".")[2], rank % self.tensor, self.tensor
+    def _box(self, tensor: _Tensor, spec: ModelSpec, rank: int) -> Box:
+        whole, leaf, kind = tensor.whole, tensor.leaf, tensor.kind
+        size, index, tp = tuple(s.stop for s in whole), rank % self.tensor, self.tensor
         if leaf in COLUMNS and kind == "weight":
             return whole[:1] + (_part(size[1], tp, index),) + whole[2:]
         if leaf in VOCAB:
@@ -72,6 +70,28 @@ class EngineDegrees:
         each, more = divmod(count, self.ranks)
         start = index * each + min(index, more)
         return range(start, start + each + (index < more))
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a checkpoint by the parts of its name."""
+
+    name: str
+    whole: Box
+    expert: int | None
+    leaf: str  # of which module: `q_proj`
+    kind: str  # weight or bias
+
+
+@functools.lru_cache(maxsize=2)  # every rank of an engine is asked for, and a large model has 45,000 tensors
+def _tensors(spec: ModelSpec) -> tuple[_Tensor, ...]:
+    out = []
+    for name, size in family(spec.family).hf_shapes(spec).items():
+        expert = EXPERT.search(name)
+        path, _, kind = name.rpartition(".")
+        number = int(expert[1]) if expert else None
+        out.append(_Tensor(name, tuple(slice(0, n) for n in size), number, path.rpartition(".")[2], kind))
+    return tuple(out)
 
 
 def _part(size: int, parts: int, index: int) -> slice:

@@ -10,94 +10,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import Parallel
 from megarl.convert import family
-from megarl.convert.family import EMBEDDING, LAYER, OUTPUT
+from megarl.convert.family import OUTPUT
 from megarl.convert.rules import Index, Region, Rule, Shard
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 from megarl.rollout.engine_shards import EXPERT, Box, EngineDegrees
 from megarl.rollout.fp8_weights import CODES, FACTORS, BlockedParameter, Fp8Weights, factors_name
+from megarl.rollout.learner_shards import LearnerLayout
 from megarl.rollout.names import family_of, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-
-
-@dataclass(frozen=True)
-class LearnerLayout:
-    """Who holds which shard, in Megatron's rank order: tp fastest, then cp, ep, dp, pp; experts: etp, ep, dp, pp.
-
-    `stages[layer]` is the pipeline stage of a layer. Example: the second of two expert-parallel ranks of a model of two
-    layers is rank 1 of `LearnerLayout(world=2, ep=2, stages=(0, 0))`.
-    """
-
-    world: int
-    tp: int = 1
-    ep: int = 1
-    etp: int = 1
-    pp: int = 1
-    stages: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, parallel: Parallel, world: int, num_layers: int) -> LearnerLayout:
-        """Raises ValueError when the layers do not divide over the stages."""
-        p = parallel
-        return cls(world, p.tp, p.ep, p.etp, p.pp, layer_stages(p, num_layers))
-
-    def shard(self, rank: int) -> Shard:
-        """What a rank holds of the parameters of its stage."""
-        return Shard(self.tp, self.ep, self.etp, rank % self.tp, rank // self.etp % self.ep, rank % self.etp)
-
-    def stage(self, megatron: str) -> int:
-        """The stage that holds a parameter; of the output layer of tied embeddings, which has two, the first's counts."""
-        if megatron.startswith(LAYER):
-            return self.stages[int(megatron.removeprefix(LAYER).split(".", 1)[0])]
-        return 0 if megatron == EMBEDDING else self.pp - 1
-
-    @functools.cache  # noqa: B019 - as many entries as a layout has shards
-    def holders(self, stage: int, group: str, shard: Shard) -> tuple[int, ...]:
-        """All ranks that hold the same numbers of a parameter of this group as `shard`."""
-        size = self.world // self.pp
-        ranks = range(stage * size, (stage + 1) * size)
-        return tuple(rank for rank in ranks if _coordinates(group, self.shard(rank)) == _coordinates(group, shard))
-
-    def sender(self, stage: int, group: str, shard: Shard, receiver: int) -> int:
-        """The holder that a rank gets a shard from: itself, or one of its own share of the others, near by number."""
-        holders = self.holders(stage, group, shard)
-        at = bisect_left(holders, receiver)
-        if at < len(holders) and holders[at] == receiver:
-            return receiver
-        return holders[(receiver - at) * len(holders) // (self.world - len(holders))]
-
-
-def layer_stages(parallel: Parallel, num_layers: int) -> tuple[int, ...]:
-    """The pipeline stage of every layer, as Megatron deals them out: virtual stage by virtual stage."""
-    p, chunks = parallel, (parallel.vpp or 1)
-    ends = {0: p.first_stage_layers, p.pp - 1: p.last_stage_layers} if p.pp > 1 else {}
-    ends = {stage: count for stage, count in ends.items() if count is not None}
-    extra = (p.embedding_in_split + p.loss_in_split) if p.pp > 1 else 0
-    rest = num_layers + extra - sum(ends.values())
-    even = rest // max(1, p.pp - len(ends))
-    counts = [[ends.get(stage, even) // chunks for stage in range(p.pp)] for _ in range(chunks)]
-    if extra:
-        counts[0][0] -= p.embedding_in_split
-        counts[-1][-1] -= p.loss_in_split
-    out = tuple(stage for chunk in counts for stage, count in enumerate(chunk) for _ in range(count))
-    if len(out) != num_layers:
-        raise ValueError(f"{num_layers} layers do not divide over pp = {p.pp}, vpp = {p.vpp}")
-    return out
-
-
-def _coordinates(group: str, shard: Shard) -> tuple[int, ...]:
-    return {"": (), "tp": (shard.tp_rank,), "expert": (shard.ep_rank, shard.etp_rank)}[group]
 
 
 @dataclass(frozen=True)
@@ -299,11 +230,10 @@ class SyncPlan:
             stage = self.learner.stage(rule.megatron)
             if rank not in self.learner.holders(stage, rule.group, shard):
                 continue
-            for receiver in range(self.learner.world):
-                if receiver != rank and self.learner.sender(stage, rule.group, shard, receiver) == rank:
-                    pieces = list(self._pieces(rule, entries, shard, self.hosted(receiver)))
-                    if pieces:
-                        out.setdefault(receiver, []).extend(pieces)
+            for receiver in self.learner.receivers(stage, rule.group, shard, rank):
+                pieces = list(self._pieces(rule, entries, shard, self.hosted(receiver)))
+                if pieces:
+                    out.setdefault(receiver, []).extend(pieces)
         return out
 
     @functools.cache  # noqa: B019 - asked for by each rank for itself
@@ -362,14 +292,46 @@ class SyncPlan:
             layers[key] = layers.get(key, 0) + entry.bytes
         return max(layers.values())
 
+    def received(self, rank: int) -> dict[int, int]:
+        """The bytes that a rank gets in a sync, by sender; its own under its own number."""
+        out: dict[int, int] = {}
+        for (stage, group, shard), size in self._totals(0 if self.whole else rank % self.engine.ranks).items():
+            sender = self.learner.sender(stage, group, shard, rank)
+            out[sender] = out.get(sender, 0) + size
+        return out
+
+    @functools.cache  # noqa: B019 - the ranks of one engine
+    def _totals(self, index: int) -> Counter[tuple[int, str, Shard]]:
+        """`shares` of all blocks together."""
+        totals: Counter[tuple[int, str, Shard]] = Counter()
+        for block in self.shares(index):
+            totals.update(block)
+        return totals
+
+    @functools.cache  # noqa: B019 - the ranks of one engine
+    def shares(self, index: int) -> list[dict[tuple[int, str, Shard], int]]:
+        """The bytes that the `index`-th rank of an engine is given in each block, by the shard that has them.
+
+        A shard is (stage, group, coordinates); who sends it depends on the receiver, how much does not.
+        """
+        out: list[dict[tuple[int, str, Shard], int]] = []
+        learner, hosted = self.learner, self.hosted(index)
+        for block in self.blocks:
+            out.append({})
+            for rule, entries in block:
+                for shard in Shard(learner.tp, learner.ep, learner.etp).members(rule.group):
+                    size = message_bytes(self._pieces(rule, entries, shard, hosted))
+                    if size:
+                        key = learner.stage(rule.megatron), rule.group, shard
+                        out[-1][key] = out[-1].get(key, 0) + size
+        return out
+
     @functools.cache  # noqa: B019 - asked for by each rank for itself
     def traffic(self, rank: int) -> Traffic:
         """The bytes that a rank's engine part is made of, and where they come from."""
-        local = received = 0
-        for block in range(len(self.blocks)):
-            for sender, pieces in self.incoming(block, rank).items():
-                size = message_bytes(pieces)
-                local, received = (local + size, received) if sender == rank else (local, received + size)
+        found = self.received(rank)
+        local = found.pop(rank, 0)
+        received = sum(found.values())
         bound = replace(self, whole=False).traffic(rank).received if self.whole else received
         return Traffic(local, received, bound)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +118,10 @@ def test_absent_keys_mean_what_transformers_assumes(name):
     assert asked_for < len(full) / 2
 
 
+def published(model):
+    return json.loads((Path(__file__).parents[2] / "configs" / "models" / model / "config.json").read_text())
+
+
 # As published, without what is harmless: names, tokens, training.
 PUBLISHED = {
     "Qwen/Qwen1.5-MoE-A2.7B": {
@@ -135,13 +141,7 @@ PUBLISHED = {
                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
         "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256,
     },
-    "mistralai/Mixtral-8x7B-v0.1": {
-        "model_type": "mixtral", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096,
-        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
-        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
-        "tie_word_embeddings": False, "vocab_size": 32000,
-    },
+    "mistralai/Mixtral-8x7B-v0.1": published("mixtral-8x7b"),
     "allenai/OLMoE-1B-7B-0924": {
         "model_type": "olmoe", "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "hidden_act": "silu",
         "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False,
@@ -163,33 +163,16 @@ PUBLISHED = {
         "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy", "v_head_dim": 128,
         "vocab_size": 102400,
     },
-    "deepseek-ai/DeepSeek-V3": {
-        "model_type": "deepseek_v3", "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
-        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "ep_size": 1, "first_k_dense_replace": 3,
-        "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
-        "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
-        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
-        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
-        "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-                         "original_max_position_embeddings": 4096, "type": "yarn"},
-        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True,
-        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
-    },
-    "zai-org/GLM-4.5": {
-        "model_type": "glm4_moe", "attention_bias": True, "attention_dropout": 0.0, "first_k_dense_replace": 3,
-        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 12288,
-        "max_position_embeddings": 131072, "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 160,
-        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
-        "num_hidden_layers": 92, "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 2.5,
-        "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": True, "vocab_size": 151552,
-    },
+    "deepseek-ai/DeepSeek-V3": published("deepseek-v3"),
+    "zai-org/GLM-4.5": published("glm-4.5"),
+    "zai-org/GLM-4.5-Air": published("glm-4.5-air"),
+    "Qwen/Qwen3-235B-A22B": published("qwen3-235b-a22b"),
+    "openai/gpt-oss-120b": published("gpt-oss-120b"),
 }  # fmt: skip
 BILLIONS = {  # parameters as their makers state them, without further-token prediction
     "Qwen/Qwen1.5-MoE-A2.7B": 14.3, "meta-llama/Llama-3.1-8B": 8.0, "mistralai/Mixtral-8x7B-v0.1": 46.7,
     "allenai/OLMoE-1B-7B-0924": 6.9, "deepseek-ai/DeepSeek-V2": 236, "deepseek-ai/DeepSeek-V3": 671,
-    "zai-org/GLM-4.5": 355,
+    "zai-org/GLM-4.5": 355, "zai-org/GLM-4.5-Air": 106, "Qwen/Qwen3-235B-A22B": 235, "openai/gpt-oss-120b": 116.8,
 }  # fmt: skip
 
 
@@ -198,10 +181,10 @@ def test_published_models_are_read_in_both_forms(name):
     """transformers 4 form as published and transformers 5 form are one model, of the size its makers state."""
     from transformers import CONFIG_MAPPING
 
-    published = PUBLISHED[name]
-    spec = spec_of(published)
-    kind = CONFIG_MAPPING[published["model_type"]]
-    again = kind(**{key: value for key, value in published.items() if key not in ("model_type", "auto_map")}).to_dict()
+    config = PUBLISHED[name]
+    spec = spec_of(config)
+    kind = CONFIG_MAPPING[config["model_type"]]
+    again = kind(**{key: value for key, value in config.items() if key not in ("model_type", "auto_map")}).to_dict()
     assert "rope_parameters" in again
     assert spec_of(again) == spec
     assert spec_of(family(spec.family).write_config(spec)) == spec
