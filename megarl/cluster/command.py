@@ -86,7 +86,7 @@ def launch_slurm(
     _check_files(plan, job)
     text = render.slurm_script(job)
     if found:
-        _test(text)
+        _test(text, job.sbatch)
     if dry_run:
         print(text, end="")
         return
@@ -207,9 +207,14 @@ def _check_files(plan: _Plan, job: Job) -> None:
     render.check_mounts(job, seen)
 
 
-def _test(text: str) -> None:
+def _test(text: str, options: Sequence[str]) -> None:
+    """What only the controller knows: features, reservations, quality of service, licences, limits of a user."""
     with tempfile.TemporaryDirectory(prefix="megarl-") as folder:
-        slurm.test_submission(_write(Path(folder) / "job.sbatch", text))
+        try:
+            slurm.test_submission(_write(Path(folder) / "job.sbatch", text))
+        except BadInput as e:
+            given = " ".join(f"--sbatch {one}" for one in options)
+            raise BadInput(f"{e}" + (f"; change or leave out {given}" if given else "")) from None
 
 
 def _write(script: Path, text: str) -> Path:

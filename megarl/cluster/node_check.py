@@ -16,6 +16,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is said here, in one line
+
 import torch
 import torch.distributed as dist
 
@@ -34,9 +36,11 @@ def main() -> int:
     store = _store(rank, world, own[0], limits)
     if store is None:
         return 1
-    missing = _missing(store, rank, world, own[0], limits)
-    if missing:
-        print(f"error: {missing}", file=sys.stderr, flush=True)
+    absent = _absent(store, rank, world, own[0], limits)
+    if absent:
+        if rank == 0:
+            print(f"error: {_told(absent, limits)}", file=sys.stderr, flush=True)
+        _leave(store, rank, world - len(absent))
         return 1
     report = _examine(store, rank, world, own, limits)
     store.set(f"report/{rank}", json.dumps(dataclasses.asdict(report)))
@@ -45,11 +49,16 @@ def main() -> int:
     verdict = json.loads(store.get("verdict"))
     if int(os.environ["LOCAL_RANK"]) == 0:
         _keep(verdict["nodes"])
+    _leave(store, rank, world)
+    return verdict["code"]
+
+
+def _leave(store: dist.Store, rank: int, count: int) -> None:
+    """Once all have read what there is to read: the main rank may be the one that serves it."""
     store.add("read", 1)
     deadline = time.monotonic() + 10
-    while rank == 0 and store.add("read", 0) < world and time.monotonic() < deadline:  # it may be the one that serves
+    while rank == 0 and store.add("read", 0) < count and time.monotonic() < deadline:
         time.sleep(0.01)
-    return verdict["code"]
 
 
 def _store(rank: int, world: int, node: str, limits: Limits) -> dist.Store | None:
@@ -67,22 +76,20 @@ def _store(rank: int, world: int, node: str, limits: Limits) -> dist.Store | Non
     return dist.PrefixStore(f"check/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _missing(store: dist.Store, rank: int, world: int, node: str, limits: Limits) -> str:
-    """On the main rank, which ranks do not arrive, by node; empty when all do, and on the others."""
+def _absent(store: dist.Store, rank: int, world: int, node: str, limits: Limits) -> list[int]:
+    """The ranks that do not arrive in time, the same on every rank that does."""
     store.set(f"here/{rank}", node)
-    if rank:
-        try:
-            store.wait(["all"], timedelta(seconds=limits.seconds + 30))
-        except RuntimeError:
-            return f"node {node}: rank {rank} waited for the others in vain"
-        return "" if store.get("all") == b"yes" else f"node {node}: rank {rank} ends: not all ranks are there"
-    deadline, absent = time.monotonic() + limits.seconds, list(range(world))
-    while absent and time.monotonic() < deadline:
-        absent = [one for one in absent if not store.check([f"here/{one}"])]
-        time.sleep(0.01)
-    store.set("all", "no" if absent else "yes")
-    if not absent:
-        return ""
+    if rank == 0:
+        deadline, absent = time.monotonic() + limits.seconds, list(range(world))
+        while absent and time.monotonic() < deadline:
+            absent = [one for one in absent if not store.check([f"here/{one}"])]
+            time.sleep(0.01)
+        store.set("absent", json.dumps(absent))
+    store.wait(["absent"], timedelta(seconds=limits.seconds + 30))
+    return json.loads(store.get("absent"))
+
+
+def _told(absent: list[int], limits: Limits) -> str:
     names, per_node = os.environ.get("MEGARL_NODES", "").split(), int(os.environ["LOCAL_WORLD_SIZE"])
     where = sorted({one // per_node for one in absent})
     told = ", ".join(f"node {names[i] if i < len(names) else f'number {i}'}" for i in where)
@@ -177,5 +184,9 @@ if __name__ == "__main__":
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
+    except RuntimeError as e:  # the first node is gone, or a key never came
+        node = os.environ.get("MEGARL_NODE") or os.uname().nodename
+        print(f"error: node {node}: rank {os.environ['RANK']} lost the others ({str(e).splitlines()[0]})", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     os._exit(code)  # no destructor of a process group waits for a node that is bad

@@ -57,7 +57,8 @@ def ask(*command: str) -> str:
 
 def _complaint(program: str, text: str) -> str:
     """Of all that a command said on stderr, the line that says why."""
-    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in text.splitlines() if line.strip()]
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Try ")]
     return f"{program}: {lines[-1] if lines else 'failed without a word'}"
 
 
@@ -114,10 +115,10 @@ def check(wanted: Wanted, found: list[Partition]) -> Partition:
     if cpus > partition.cpus:
         raise BadInput(f"--ranks-per-node {wanted.ranks_per_node} x --cpus-per-rank {wanted.cpus_per_rank or 1} = {cpus} "
                        f"cores: nodes of {where} have {partition.cpus}; set fewer")  # fmt: skip
-    if wanted.time is not None and partition.max_seconds is not None:
-        asked = seconds(wanted.time)
-        if asked is None or asked > partition.max_seconds:
-            raise BadInput(f"--time {wanted.time}: {where} allows {_clock(partition.max_seconds)} at most; "
+    if wanted.time is not None:
+        asked, most = seconds(wanted.time), partition.max_seconds
+        if most is not None and (asked is None or asked > most):
+            raise BadInput(f"--time {wanted.time}: {where} allows {_clock(most)} at most; "
                            "set no more: the job is requeued and goes on")  # fmt: skip
     if wanted.account is not None:
         _check_account(wanted.account)
