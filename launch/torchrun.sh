@@ -39,6 +39,7 @@ unset MASTER_ADDR LOCAL_WORLD_SIZE
 
 # torchrun hands these to the ranks; by itself it would not know USR1, which would end it
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+join_seconds=${MEGARL_JOIN_SECONDS:-600} # for the other nodes, at the start and at a restart
 got=
 agent=
 hand_on() {
@@ -50,21 +51,36 @@ for number in TERM USR1 INT HUP; do
     trap "hand_on $number" $number
 done
 
+# An agent whose first node is out of reach waits for it again and again, long after its ranks have ended.
+end_idle() {
+    local seen=no idle=0 most=$((${MEGARL_IDLE_SECONDS:-20} + ($2 > 0 ? join_seconds : 0)))
+    while kill -0 "$1" 2>/dev/null; do
+        sleep 1
+        # shellcheck disable=SC2046
+        if grep -qs '^State:.[^Z]' $(sed 's|[0-9][0-9]*|/proc/&/status|g' /proc/"$1"/task/*/children 2>/dev/null) /dev/null; then
+            seen=yes idle=0
+        elif [ $seen = yes ] && [ $((idle += 1)) -gt $most ]; then
+            kill -KILL "$1" 2>/dev/null
+        fi
+    done
+}
+
 # start NAME RESTARTS MODULE...: torchrun's exit code
 start() {
     local name=$1 again=$2
     shift 2
     "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$again" \
         --rdzv-backend c10d --rdzv-id "$id-$name" --rdzv-endpoint "${master%:*}:$port" --local-addr "$MEGARL_ADDRESS" \
-        --rdzv-conf "is_host=$([ "$MEGARL_IS_FIRST" = yes ] && echo 1 || echo 0),join_timeout=${MEGARL_JOIN_SECONDS:-600}" \
+        --rdzv-conf "is_host=$([ "$MEGARL_IS_FIRST" = yes ] && echo 1 || echo 0),join_timeout=$join_seconds" \
         --monitor-interval 1 -m "$@" &
     agent=$!
+    end_idle $agent "$again" &
     port=$((port + 1)) # the old one may linger
     until
-        wait $agent
+        wait $agent 2>/dev/null
         ! kill -0 $agent 2>/dev/null
     do :; done
-    wait $agent
+    wait $agent 2>/dev/null
     local code=$?
     agent=
     return $code

@@ -96,10 +96,10 @@ class Job:
         raise AssertionError(f"no rank {number}: {self.said()}")
 
     def kill_step_on(self, node: str) -> None:
-        """SIGKILL for everything of the job's step on a node."""
-        mark = f"SLURMD_NODENAME={node}".encode()
+        """SIGKILL for every rank of the job on a node, and for what they have started."""
+        mark = f"MEGARL_NODE={node}".encode()
         for process in self.processes():
-            if mark in environ(process) and b"SLURM_STEP_ID=" in b" ".join(environ(process)) and is_rank(process):
+            if mark in environ(process):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
@@ -115,6 +115,3 @@ def words(process: int) -> list[bytes]:
         return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     return []
 
-
-def is_rank(process: int) -> bool:
-    return any(word.startswith(b"RANK=") for word in environ(process))
