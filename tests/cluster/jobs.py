@@ -43,6 +43,11 @@ class Job:
     def state(self) -> str:
         return self.cluster.job(self.number)["JobState"]
 
+    def states(self) -> list[str]:
+        """Of every task of an array."""
+        lines = self.cluster.run("scontrol", "show", "job", "-o", self.number).stdout.splitlines()
+        return [re.search(r"JobState=(\w+)", line)[1] for line in lines]
+
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 

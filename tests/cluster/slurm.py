@@ -42,7 +42,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=15
-OverTimeLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
@@ -56,7 +57,8 @@ def missing() -> str:
 
 
 class Cluster:
-    """`nodes` nodes n0, n1, ... in partition `main`, which is the default, and n0 alone in partition `one`."""
+    """`nodes` nodes n0, n1, ... in partition `main`, which is the default; n0 alone in partition `one`; jobs in `urgent` take
+    the nodes of those in `main`, which have a minute to end."""
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
         self.folder, self.nodes = folder, [f"n{number}" for number in range(nodes)]
@@ -67,8 +69,9 @@ class Cluster:
         lines = [CONF.format(host=socket.gethostname().partition(".")[0], ports=ports, folder=folder)]
         for node, port in zip(self.nodes, ports[1:], strict=True):
             lines.append(f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus}\n")
-        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n")
+        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE GraceTime=60 State=UP\n")
         lines.append("PartitionName=one Nodes=n0 MaxTime=60 State=UP\n")
+        lines.append(f"PartitionName=urgent Nodes={','.join(self.nodes)} MaxTime=60 PriorityTier=9 State=UP\n")
         (folder / "slurm.conf").write_text("".join(lines))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))

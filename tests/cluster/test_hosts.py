@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,19 +13,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
+from tests.cluster import hosts
+from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts
-from tests.cluster.jobs import RANK_ENV
+from tests.cluster.jobs import RANK_ENV, environ
 from tests.e2e.program import Project
 from tests.faults.kills import differences
 
 
-def launch(hosts: Hosts, tmp_path: Path, config: Path, name: str, *words: object) -> list[subprocess.Popen]:
+def launch(made: Hosts, tmp_path: Path, config: Path, name: str, *words: object) -> list[subprocess.Popen]:
     """`megarl launch torchrun` on every host; what host N said is in NAME.N"""
     command = [sys.executable, "-m", "megarl", "launch", "torchrun", config, f"run_dir={tmp_path}/run", *words]
-    command += ["--run", "sft", "--nodes", hosts.count, "--ranks-per-node", 1, "--master", f"{hosts.address(0)}:29500"]
-    return [
-        hosts.start(host, [*command, "--id", name], tmp_path / f"{name}.{host}", MEGARL_IDLE_SECONDS="2", **RANK_ENV) for host in range(hosts.count)
-    ]
+    command += ["--run", "sft", "--nodes", made.count, "--ranks-per-node", 1, "--master", f"{made.address(0)}:29500"]
+    env = {"MEGARL_IDLE_SECONDS": "2", **RANK_ENV}
+    return [made.start(host, [*command, "--id", name], tmp_path / f"{name}.{host}", **env) for host in range(made.count)]
 
 
 def wait_for(happened: Callable[[], bool], launched: list[subprocess.Popen], said: Callable[[], str], timeout: float = 120):
@@ -64,3 +69,37 @@ def test_a_cut_cable_ends_the_run_with_the_lost_host_named_and_the_next_start_go
     assert [one.wait(150) for one in launched] == [0, 0], said("second")
     assert re.search(r"sft: resumed after step \d0 ", said("second"))
     assert differences(tmp_path / "run/sft", warm.run / "sft") == []
+
+
+@pytest.mark.slow
+def test_a_killed_rank_brings_all_hosts_back_to_the_newest_checkpoint(
+    two_hosts: Hosts, warm: Project, tmp_path: Path
+) -> None:
+    rows = tmp_path / "run/sft/metrics.jsonl"
+    launched = launch(two_hosts, tmp_path, warm.config, "first", "checkpoint.every=10", "parallel.max_restarts=2", "--no-check")
+
+    def said() -> str:
+        return "".join((tmp_path / f"first.{host}").read_text() for host in range(2))
+
+    wait_for(lambda: last_step(rows) >= 15, launched, said)
+    for process in two_hosts.processes():
+        if b"RANK=1" in environ(process):
+            os.kill(process, signal.SIGKILL)
+    assert [one.wait(200) for one in launched] == [0, 0], said()
+    assert re.search(r"sft: resumed after step [1-9]0 ", said())
+    assert differences(tmp_path / "run/sft", warm.run / "sft") == []
+
+
+@pytest.mark.slow
+def test_the_check_of_the_nodes_names_the_host_with_the_slow_cable(warm: Project, tmp_path: Path) -> None:
+    need(hosts.missing())
+    with Hosts(tmp_path, count=3) as made:
+        slow = made.limit(1, "100mbit")
+        if slow:
+            pytest.skip(f"no cable can be made slow here: {slow}")
+        launched = launch(made, tmp_path, warm.config, "first", "parallel.ep=1", "sft.batch_size=63")
+        codes = [one.wait(200) for one in launched]
+        said = "".join((tmp_path / f"first.{host}").read_text() for host in range(3))
+        assert all(codes), said
+        assert re.findall(r"error: node (\w+): to other nodes", said) == ["host1"], said
+    assert made.processes() == [] and made.namespaces() == []

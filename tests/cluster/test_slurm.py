@@ -14,9 +14,9 @@ from tests.faults.kills import differences
 TWO_NODES = ("--nodes", 2, "--ranks-per-node", 1)
 
 REFUSED = {  # options -> what the line must say
-    ("--partition", "gpu"): "--partition gpu: this cluster has no such partition; set one of main (default), one",
+    ("--partition", "gpu"): "--partition gpu: this cluster has no such partition; set one of main (default), one, urgent",
     ("--nodes", 3, "--ranks-per-node", 2): "--nodes 3: partition main has 2; set --nodes 2 or less",
-    ("--nodes", 2, "--partition", "one"): "--nodes 2: partition one has 1; set --nodes 1 or less, or --partition main",
+    ("--nodes", 2, "--partition", "one"): "--nodes 2: partition one has 1; set --nodes 1 or less, or --partition main or urgent",
     ("--nodes", 1, "--ranks-per-node", 3): "--nodes 1 x --ranks-per-node 3 = 3 ranks: ",
     ("--gpus-per-node", 8): "--gpus-per-node 8: nodes of partition main have none; set --gpus-per-node 0",
     ("--ranks-per-node", 8): "--ranks-per-node 8 x --cpus-per-rank 1 = 8 cores: nodes of partition main have 4",
