@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from megarl import __version__, launcher
+from megarl.cluster.command import app as launch_app
 from megarl.errors import EXIT_CODES, BadInput, RunFailed
 from megarl.secrets import masked
 
@@ -30,6 +31,7 @@ verify_app = typer.Typer(help="Compare what two engines, layouts or files should
 app.add_typer(verify_app, name="verify")
 study_app = typer.Typer(help="Runs that differ in one thing each, compared with intervals over seeds.")
 app.add_typer(study_app, name="study")
+app.add_typer(launch_app, name="launch")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the project.", show_default=False)]
 Overrides = Annotated[

@@ -3,7 +3,7 @@
 from megarl.config.check import check_config, check_world
 from megarl.config.layouts import smallest_world
 from megarl.config.load import Resolved, describe, dump_config, load_config, resolve
-from megarl.config.run_dir import RunDir, prepare_run_dir
+from megarl.config.run_dir import RunDir, check_run_dir, prepare_run_dir
 from megarl.config.schema import (
     KL,
     RL,
@@ -53,6 +53,7 @@ __all__ = [
     "Section",
     "Tokenizer",
     "check_config",
+    "check_run_dir",
     "check_world",
     "describe",
     "dump_config",

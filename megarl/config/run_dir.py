@@ -52,17 +52,7 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
     missing: list[Path] = []
     replaced: bytes | None = None
     try:
-        # under torchrun another rank may have opened its log already
-        if (
-            part in ("sft", "reward_model", "rl")
-            and config.resume == "never"
-            and path.is_dir()
-            and any(p.name != "logs" for p in path.iterdir())
-        ):
-            raise BadInput(
-                f"run_dir = {config.run_dir!r}: {path} already holds a run; "
-                "set resume=auto to continue it, or another run_dir"
-            )
+        check_run_dir(config, part)
         chain = (*reversed(root.parents), root, path, path / "logs", root / "config.yaml")
         missing = [p for p in chain if not p.exists()]
         if (root / "config.yaml").exists():
@@ -75,6 +65,22 @@ def prepare_run_dir(config: Config, part: str) -> RunDir:
             f"run_dir = {config.run_dir!r}: cannot be written ({e.strerror}: {e.filename}); set another run_dir"
         ) from None
     return RunDir(path, tuple(missing), replaced)
+
+
+def check_run_dir(config: Config, part: str) -> None:
+    """Raises `BadInput` when RUN_DIR/<part> already holds a run that is not to be continued."""
+    path = Path(config.run_dir) / part
+    # under torchrun another rank may have opened its log already
+    if (
+        part in ("sft", "reward_model", "rl")
+        and config.resume == "never"
+        and path.is_dir()
+        and any(p.name != "logs" for p in path.iterdir())
+    ):
+        raise BadInput(
+            f"run_dir = {config.run_dir!r}: {path} already holds a run; "
+            "set resume=auto to continue it, or another run_dir"
+        )
 
 
 def _write(file: Path, content: bytes) -> None:

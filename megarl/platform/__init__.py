@@ -73,6 +73,11 @@ def device_memory() -> dict[str, float]:
     return _module().device_memory()
 
 
+def capacity() -> tuple[int | None, int, int]:
+    """Devices of this machine (None where ranks share the host), and free and all bytes of this process's own."""
+    return _module().capacity()
+
+
 def used_bytes() -> tuple[int, int]:
     """Bytes in use on this rank's device, by whomever (0 on a CPU), and resident of this process on the host."""
     return _module().used_bytes()

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.utils._device
 
@@ -55,6 +56,11 @@ def set_device(local_rank: int) -> None:
 
 def device_memory() -> dict[str, float]:
     return host_memory()
+
+
+def capacity() -> tuple[int | None, int, int]:
+    memory = psutil.virtual_memory()
+    return None, memory.available, memory.total
 
 
 def used_bytes() -> tuple[int, int]:

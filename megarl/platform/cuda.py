@@ -39,6 +39,10 @@ def device_memory() -> dict[str, float]:
     }
 
 
+def capacity() -> tuple[int | None, int, int]:
+    return torch.cuda.device_count(), *torch.cuda.mem_get_info()
+
+
 def used_bytes() -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info()
     return total - free, resident_bytes()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import megarl
 from megarl.errors import BadInput, RunFailed
+from megarl.rewards import sandbox
 from megarl.rewards.frames import pack_work, take_answers
 from megarl.rewards.judge import HttpJudge
 from megarl.rewards.registry import check_reward, required_field, verifiers
@@ -393,7 +394,7 @@ class RewardRunner:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(pipe)
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()  # the warden ends everything below it
+            process.send_signal(sandbox.END)  # the warden ends everything below it
             try:
                 process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:

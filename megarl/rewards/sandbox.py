@@ -28,6 +28,11 @@ LAST_CAPABILITY = 63
 MARGIN = 8  # tasks that a cgroup allows beyond what ends a tree, so that it is ended and not refused
 INTERVAL = 0.05  # seconds between two looks at what a tree of processes uses
 
+# A scheduler's warnings reach every process of a job, not only the ranks, which then finish their step: scoring goes on.
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+END = signal.SIGRTMIN  # so the word to a warden that its work is over is another
+_warned = [0]
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,6 +43,16 @@ def prctl(option: int, value: int) -> None:
 def _call(result: int) -> None:
     if result:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def count_warnings() -> None:
+    """In this process warnings are counted from now on; what it executes, such as a program, has the default again."""
+
+    def count(*_: object) -> None:
+        _warned[0] += 1
+
+    for number in WARNINGS:
+        signal.signal(number, count)
 
 
 def unshare(flags: int) -> bool:
@@ -258,8 +273,18 @@ def run_program(source: str, stdin: bytes, bounds: Bounds) -> Outcome:
     """Runs a Python program in an empty folder of its own, which is gone afterwards with all it started.
 
     Where namespaces can be had it has no network, sees no process but its own, and can write into that folder and
-    nowhere else. Nothing of this process's environment reaches it anyhow.
+    nowhere else. Nothing of this process's environment reaches it anyhow. What a warning ends runs again.
     """
+    while True:
+        before, outcome = _warned[0], _run_once(source, stdin, bounds)
+        if outcome.code - 128 not in WARNINGS:
+            return outcome
+        time.sleep(INTERVAL)  # the same warning may come a little later here
+        if _warned[0] == before:
+            return outcome
+
+
+def _run_once(source: str, stdin: bytes, bounds: Bounds) -> Outcome:
     with (
         tempfile.TemporaryDirectory(prefix="megarl-program-", ignore_cleanup_errors=True) as folder,
         os.fdopen(os.memfd_create("stdin"), "r+b") as given,

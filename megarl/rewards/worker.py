@@ -42,8 +42,9 @@ PRINTED = 1 << 16  # bytes of a worker's output that reach the log, each minute
 
 def main() -> None:
     parent, verdict, limits = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGTERM)  # a hung verifier would never see the end of file
+    for number in (signal.SIGINT, *sandbox.WARNINGS):
+        signal.signal(number, signal.SIG_IGN)
+    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, sandbox.END)  # a hung verifier would never see the end of file
     sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         os._exit(1)
@@ -65,13 +66,13 @@ def main() -> None:
     os.close(printed)
     for fd in (0, 1):
         os.close(fd)  # the frames are the worker's
-    signal.signal(signal.SIGTERM, lambda *_: end(first, verdict, "", folder, group))
+    signal.signal(sandbox.END, lambda *_: end(first, verdict, "", folder, group))
     end(first, verdict, watch(first, output, limits), folder, group)
 
 
 def end(first: int, verdict: int, reason: str, folder: str, group: Path | None) -> None:
     """Kills everything below the warden, says why, removes its temporary folder and its cgroup, and exits."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(sandbox.END, signal.SIG_IGN)
     if reason:
         with contextlib.suppress(OSError):
             os.write(verdict, f"{reason}\n".encode())
@@ -117,7 +118,6 @@ def first_process(limits: dict[str, Any], missing: list[str], printed: int, verd
     """Starts the worker, reaps whatever loses its parent, and says how the worker ended."""
     sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGKILL)
     sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not missing:
         try:
             sandbox.mount_own_proc()
@@ -257,6 +257,7 @@ def load(setup: dict) -> dict:
 def work(source: BinaryIO, out: BinaryIO, limits: dict[str, Any], missing: list[str]) -> None:
     sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGKILL)
     sandbox.prctl(sandbox.PR_SET_CHILD_SUBREAPER, 1)  # what a verifier turns into a daemon stays below this process
+    sandbox.count_warnings()
     sandbox.limit(resource.RLIMIT_CORE, 0)
     sandbox.limit(resource.RLIMIT_DATA, limits["memory"])
     try:

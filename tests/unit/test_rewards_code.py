@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megarl.config.schema import Reward
@@ -21,6 +29,7 @@ GOOD = "print(sum(map(int, input().split())))"
 def runner():
     params = {"seconds": 2.0, "memory_gib": 0.2}
     named = {"partial": Reward(type="code", params={**params, "partial": True})}
+    named["patient"] = Reward(type="code", params={**params, "seconds": 60.0})
     reward = Reward(type="code", params=params, named=named, max_failed_fraction=1.0)
     with RewardRunner(reward) as runner:
         yield runner
@@ -38,6 +47,53 @@ def test_programs_are_scored_by_what_they_print(runner: RewardRunner) -> None:
     assert scores(runner, GOOD, f"Thus:\n```python\n{GOOD}\n```\nDone.", *wrong) == [1, 1, 0, 0, 0]
     assert scores(runner, GOOD, "print(3)", "print(4)", reward="partial") == [1, 0.5, 0]
     assert required_field(runner.reward) == ("tests",)
+
+
+def test_a_schedulers_warning_to_every_process_changes_no_score(runner: RewardRunner) -> None:
+    """SLURM sends its signals to all processes of a job: a program that one ends runs again."""
+    own = os.getpid()
+
+    def warn() -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            time.sleep(0.4)
+            for child in psutil.Process(own).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.send_signal(number)
+
+    slow = f"import time; time.sleep(0.7)\n{GOOD}"
+    thread = threading.Thread(target=warn)
+    thread.start()
+    try:
+        assert scores(runner, slow, slow, reward="patient") == [1, 1]
+    finally:
+        thread.join()
+
+
+@pytest.mark.parametrize(("who", "expected"), [("os.getpid(), child", (0, b"3")), ("child", (143, b""))])
+def test_a_program_that_a_warning_ends_runs_again_and_one_that_somebody_else_ends_does_not(
+    who: str, expected: tuple[int, bytes]
+) -> None:
+    """Where there are no namespaces; in one a program hears no such signal."""
+    program = textwrap.dedent(f"""
+        import os, signal, threading, time
+        from pathlib import Path
+        from megarl.rewards import sandbox
+
+        def warn():
+            time.sleep(0.4)
+            for child in map(int, Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()):
+                for process in ({who},):
+                    os.kill(process, signal.SIGTERM)
+
+        sandbox.new_namespaces = lambda network: ["processes"]
+        sandbox.count_warnings()
+        threading.Thread(target=warn).start()
+        source = "import time; time.sleep(0.8); print(3, end='')"
+        outcome = sandbox.run_program(source, b"", sandbox.Bounds(10.0, 1 << 30))
+        print(repr((outcome.code, outcome.output)))
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{expected!r}\n", "")
 
 
 def test_tests_of_another_form_are_a_failure_of_that_row(runner: RewardRunner) -> None:
