@@ -104,7 +104,7 @@ def _one_run(folder: Path, part: str, number: int) -> None:
     run.close()
     unequal = kills.differences(run_dir / part, folder / part / part) if code == 0 else [f"exit code {code}"]
     row = {
-        "part": part, "launcher": launcher, "async": save == SAVES[1], "kills": done, 
+        "part": part, "launcher": launcher, "async": save == SAVES[1], "kills": done,
         "seconds": round(time.monotonic() - started, 1),
         "seconds_until_back": [round(wait, 1) for wait in waits], "differences": unequal, "left": left,
         "date": str(date.today()),
