@@ -6,11 +6,14 @@ writing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megarl import platform
 
@@ -19,6 +22,7 @@ platform.setup()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
 SHARDS = "shards"
@@ -45,8 +49,9 @@ class Save:
         """This rank's shards, to its files; Megatron's account of what is where in them. Raises OSError and what else
         writing raises."""
         run, _preload, arguments = self.writer.get_save_function_and_args()
-        if run is not None:
-            run(*arguments)
+        with _without_crc32():
+            if run is not None:
+                run(*arguments)
         results = self.writer.retrieve_write_results()
         if not isinstance(results, list):  # an exception, and where it was raised
             raise results[0]
@@ -54,10 +59,14 @@ class Save:
 
 
 class Planner:
-    """Plans the saves of one run; the first one costs more than those after it, which have the same tensors."""
+    """Plans the saves of one run; the first one costs more than those after it, which have the same tensors.
 
-    def __init__(self) -> None:
+    The ranks of `group`, which hold the same tensors, share the writing of them.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
         self._strategy = _Strategy(*BACKEND, thread_count=1, cached_metadata=True)
+        self._shared = FullyParallelSaveStrategyWrapper(self._strategy, group, do_cache_distribution=True)
 
     def plan(self, shards: dict[str, Any], save: Save, copy: bool) -> None:
         """Fills `save` with what this rank is to write of `shards`, on the host; collective.
@@ -68,7 +77,7 @@ class Planner:
         live = {item.data.untyped_storage().data_ptr() for item in nested_values(shards) if _has_tensor(item)}
         unchecked = self._strategy.cached_central_plan is None
         folder = str(save.partial / SHARDS)
-        dist_checkpointing.save(shards, folder, self._strategy, None, unchecked, async_sharded_save=True)
+        dist_checkpointing.save(shards, folder, self._shared, None, unchecked, async_sharded_save=True)
         save.writer, save.metadata = self._strategy.planned()
         shared = live if copy else set()
         save.writer.write_buckets = [
@@ -90,6 +99,18 @@ class _Strategy(TorchDistSaveShardedStrategy):
         """The writer with its tensors, and on the main rank the metadata of all; to be asked for once."""
         planned, self._planned = self._planned, (None, None)
         return planned
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """A third of what writing costs, and the files have checksums of their own; a save of someone else's in the meantime
+    is readable without them too."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _has_tensor(item: Any) -> bool:

@@ -75,7 +75,7 @@ class Checkpointer:
         self.policies: dict[str, Policy] = {}
         self.owners: dict[str, StateOwner] = {}
         self.notes: list[str] = []  # one line each: what `load_latest` passed over, and what cannot be exact
-        self._planner = Planner()
+        self._planner = Planner(mesh.dp_group)
         self._group = dist.new_group(backend="gloo")  # the writing thread's: its collectives meet no others
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

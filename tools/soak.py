@@ -31,7 +31,7 @@ PHASES = {
 }  # fmt: skip
 KILLS_PER_RUN = 8
 SAVES = ["checkpoint.async_save=false", "checkpoint.async_save=true"]
-TIMEOUT = 600.0
+TIMEOUT = 240.0
 
 
 def main() -> None:
