@@ -111,7 +111,7 @@ def test_ranks_that_torchrun_starts_again_meet_each_other(tmp_path: Path) -> Non
     words = [*runner, "--monitor-interval", "0.1", "-m", "tests.faults.restarted_program", str(tmp_path)]
     with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
         try:
-            assert job.wait(timeout=50) == 0
+            assert job.wait(timeout=120) == 0
         finally:
             job.terminate()
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["[(1, 0), (1, 1)]"] * 2
