@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megarl import __version__, manifest, platform
+from megarl.async_save import BACKEND, SHARDS, Planner, Save
 from megarl.errors import BadInput, RunFailed
 from megarl.learner.optimizer import after_loading, init_state
 from megarl.learner.policy import Policy, Role
@@ -41,14 +41,11 @@ from megatron.core.dist_checkpointing.core import (  # noqa: E402
     save_config,
 )
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-STATE, SHARDS = "state.json", "shards"
+STATE = "state.json"
 LAYER_STATE = "._extra_state"
-BACKEND = ("torch_dist", 1)
 # fully reshardable: the optimizer loads under another tp, pp, ep or dp; names without the optimizer's index, which
 # depends on whether experts have an optimizer of their own
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -78,7 +75,7 @@ class Checkpointer:
         self.policies: dict[str, Policy] = {}
         self.owners: dict[str, StateOwner] = {}
         self.notes: list[str] = []  # one line each: what `load_latest` passed over, and what cannot be exact
-        self._strategy = _Strategy(*BACKEND, thread_count=1, cached_metadata=True)
+        self._planner = Planner(mesh.dp_group)
         self._group = dist.new_group(backend="gloo")  # the writing thread's: its collectives meet no others
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -174,9 +171,9 @@ class Checkpointer:
         self.notes += _changes("settings", _leaves(state.get("config", {})), _leaves(self.config))
         self.notes += _changes("versions", state.get("versions", {}), _versions())
 
-    def _begin(self, step: int, copy: bool) -> _Save:
+    def _begin(self, step: int, copy: bool) -> Save:
         """What is to be written, planned by all ranks together; with `copy` the caller may go on to change it."""
-        save = _Save(step, self.folder / f".partial_step_{step:06d}", self.folder / f"step_{step:06d}")
+        save = Save(step, self.folder / f".partial_step_{step:06d}", self.folder / f"step_{step:06d}")
         with self._agreed(save):
             if self.mesh.is_main:
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -198,24 +195,13 @@ class Checkpointer:
                     "versions": _versions(),
                 }
             )
-        shards = self._sharded()
-        live = {item.data.untyped_storage().data_ptr() for item in nested_values(shards) if _has_tensor(item)}
-        unchecked = self._strategy.cached_central_plan is None  # the saves after the first one have the same tensors
         try:
-            dist_checkpointing.save(
-                shards, str(save.partial / SHARDS), self._strategy, None, unchecked, async_sharded_save=True
-            )
+            self._planner.plan(self._sharded(), save, copy)
         except (OSError, RuntimeError) as error:  # on the main rank alone, which writes a file here
             raise self._failed(save, _line(error)) from error
-        save.writer, save.metadata = self._strategy.planned()
-        shared = live if copy else set()
-        save.writer.write_buckets = [
-            (path, name, (data, [(item, _on_host(tensor, shared)) for item, tensor in tensors]))
-            for path, name, (data, tensors) in save.writer.write_buckets
-        ]
         return save
 
-    def _write(self, save: _Save) -> None:
+    def _write(self, save: Save) -> None:
         """Write what was planned, and make it current. Collective on the writing thread's own group."""
         results, files, why = None, {}, None
         try:
@@ -240,7 +226,7 @@ class Checkpointer:
         if box[0]:
             raise self._failed(save, box[0])
 
-    def _publish(self, save: _Save, results: list[Any], files: list[manifest.Entries]) -> None:
+    def _publish(self, save: Save, results: list[Any], files: list[manifest.Entries]) -> None:
         save.writer.finish(save.metadata, results)
         save_config(CheckpointingConfig(*BACKEND), str(save.partial / SHARDS))
         manifest.write_synced(save.partial / STATE, save.state)
@@ -262,7 +248,7 @@ class Checkpointer:
             shutil.rmtree(going, ignore_errors=True)
 
     @contextmanager
-    def _agreed(self, save: _Save) -> Iterator[None]:
+    def _agreed(self, save: Save) -> Iterator[None]:
         """Raises RunFailed on every rank when the main one fails inside. Collective."""
         why = None
         try:
@@ -273,7 +259,7 @@ class Checkpointer:
         if why:
             raise self._failed(save, why)
 
-    def _failed(self, save: _Save, why: str) -> RunFailed:
+    def _failed(self, save: Save, why: str) -> RunFailed:
         whole = [path.name for path in _steps(self.folder) if _has_all(path)]
         last = f"{whole[-1]} is whole and stays" if whole else "there is none before it"
         return RunFailed(
@@ -283,60 +269,6 @@ class Checkpointer:
 
     def _sharded(self, is_loading: bool = False) -> dict[str, Any]:
         return {name: _sharded_policy(name, policy, is_loading) for name, policy in self.policies.items()}
-
-
-@dataclass
-class _Save:
-    """A checkpoint that is being written."""
-
-    step: int
-    partial: Path
-    final: Path
-    state: str = ""  # the main rank's
-    writer: Any = None
-    metadata: Any = None
-
-    @property
-    def names(self) -> list[str]:
-        """The files that this rank writes, in `partial`."""
-        return [f"{SHARDS}/{name}" for _path, name, _data in self.writer.write_buckets]
-
-    def write(self) -> list[Any]:
-        """This rank's shards, to its files; Megatron's account of what is where in them."""
-        run, _preload, arguments = self.writer.get_save_function_and_args()
-        if run is not None:
-            run(*arguments)
-        results = self.writer.retrieve_write_results()
-        if not isinstance(results, list):  # an exception, and where it was raised
-            raise results[0]
-        return results
-
-
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's format, planned by `dist_checkpointing.save` and then written by whoever asks for the plan."""
-
-    _planned: tuple[Any, Any] = (None, None)
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        self._planned = (writer, planned[1])
-        return AsyncRequest(None, (), [])
-
-    def planned(self) -> tuple[Any, Any]:
-        """The writer with its tensors, and on the main rank the metadata of all; to be asked for once."""
-        planned, self._planned = self._planned, (None, None)
-        return planned
-
-
-def _has_tensor(item: Any) -> bool:
-    return isinstance(getattr(item, "data", None), torch.Tensor)
-
-
-def _on_host(tensor: torch.Tensor, shared: set[int]) -> torch.Tensor:
-    """On the host, and not in one of the `shared` memories: `Tensor.to("cpu")` copies nothing on a CPU, and Megatron copies
-    views only, so that a step taken during the save would be in it."""
-    if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in shared:
-        return tensor
-    return tensor.to("cpu", copy=True)
 
 
 def _line(error: BaseException) -> str:

@@ -71,6 +71,8 @@ class Mesh:
                 if world > 1:
                     raise BadInput("MASTER_PORT is not set: start the ranks with torchrun or `megarl train --nproc N`")
                 where["store"] = dist.HashStore()  # one process alone needs no port
+            else:
+                where["store"] = _store(rank, world, timeout)
             dist.init_process_group(platform.backend(), rank=rank, world_size=world, timeout=timeout, **where)
             # NCCL connects all ranks of a group at its first message, which a weight sync sends between some of them
             dist.all_reduce(torch.zeros(1, device=platform.device()))
@@ -208,3 +210,10 @@ class GroupSum:
             dist.all_reduce(x, group=self.group)
             self.bytes += x.numel() * x.element_size()
         return x
+
+
+def _store(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks of one start find each other. torchrun keeps one store over all restarts, with the addresses of the
+    ranks that are gone: who reads one of them waits for it until the time-out."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

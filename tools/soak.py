@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import random
 import shutil
-import signal
 import time
 from collections import Counter
 from datetime import date
@@ -21,6 +20,7 @@ RECORD = ROOT / "tools/bench/results/soak.jsonl"
 TABLE = ROOT / "tools/bench/results/soak.md"
 COMMON = ["checkpoint.every=2", "log.tensorboard=false"]
 SETTINGS = {
+    "warm": [],  # the quickstart's SFT, whole: RL from weights that solve nothing would have no gradient to lose
     "sft": ["sft.steps=12", "sft.stop_at_loss=none"],
     "rl": ["rl.steps=6", "eval.every=3", "eval.data.0.size=400"],
 }
@@ -29,8 +29,9 @@ PHASES = {
     "rl": ["start", "generate", "reward", "gather", "prepare", "routing", "old_log_probs", "update", "update", "sync", "eval",
            "checkpoint", "checkpoint", "between phases"],
 }  # fmt: skip
-KILLS_PER_RUN = 5
-TIMEOUT = 1800.0
+KILLS_PER_RUN = 8
+SAVES = ["checkpoint.async_save=false", "checkpoint.async_save=true"]
+TIMEOUT = 240.0
 
 
 def main() -> None:
@@ -38,49 +39,53 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="stop when so many are recorded in all")
     parser.add_argument("--parts", default="sft,rl")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/soak")
-    parser.add_argument("--pause-file", type=Path, help="no run is going on while this file exists")
-    parser.add_argument("--until", help="HH:MM after which no run is started")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
     args = parser.parse_args()
-    parts = args.parts.split(",")
-    for part in parts:
-        _reference(args.folder, part, args.pause_file)
-    while sum(len(run["kills"]) for run in _recorded()) < args.kills:
-        if args.until and time.strftime("%H:%M") >= args.until:
-            break
+    parts, started = args.parts.split(","), time.monotonic()
+    for part in ["warm", *parts] if "rl" in parts else parts:
+        _reference(args.folder, part)
+    while sum(len(run["kills"]) for run in _recorded()) < args.kills and time.monotonic() - started < 60 * args.minutes:
         number = len(_recorded())
-        _one_run(args.folder, parts[number % len(parts)], number, args.pause_file)
+        _one_run(args.folder, parts[number % len(parts)], number)
         _write_table()
 
 
-def _reference(folder: Path, part: str, pause: Path | None) -> None:
-    """The run that nobody disturbs; RL starts from the SFT of it."""
-    run_dir = folder / "undisturbed"
-    if (run_dir / part / "hf").is_dir():
+def _reference(folder: Path, part: str) -> None:
+    """The run that nobody disturbs; RL, disturbed or not, starts from the whole SFT in `warm`."""
+    run_dir, section = folder / part, "sft" if part == "warm" else part
+    if (run_dir / section / "hf").is_dir():
         return
-    shutil.rmtree(run_dir / part, ignore_errors=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run = kills.Run(_command(folder, part, run_dir, torchrun=0), run_dir / part, folder / "tmp")
-    code = _wait(run, pause)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    _make(run_dir, folder, part)
+    run = kills.Run(_command(folder, part, run_dir, "megarl"), run_dir / section, folder / "tmp")
+    code = _wait(run)
     run.close()
     if code:
-        raise SystemExit(f"the undisturbed {part} run ended with {code}: {run_dir}/{part}.out")
+        raise SystemExit(f"the undisturbed {part} run ended with {code}: {run_dir}/{section}.out")
 
 
-def _one_run(folder: Path, part: str, number: int, pause: Path | None) -> None:
-    chance, run_dir, kind = random.Random(number), folder / f"run_{number:04d}", number // 2 % 4
-    shutil.rmtree(run_dir, ignore_errors=True)
+def _make(run_dir: Path, folder: Path, part: str) -> None:
     run_dir.mkdir(parents=True)
     if part == "rl":
-        (run_dir / "sft").symlink_to((folder / "undisturbed/sft").resolve())
-    scratch = folder / "tmp" / f"run_{number:04d}"
-    launcher = "torchrun" if kind == 3 else "megarl"
-    run = kills.Run(_command(folder, part, run_dir, torchrun=99 if kind == 3 else 0), run_dir / part, scratch)
+        (run_dir / "sft").symlink_to((folder / "warm/sft").resolve())
+
+
+def _one_run(folder: Path, part: str, number: int) -> None:
+    chance, run_dir, kind = random.Random(number), folder / f"run_{number:04d}", number // 2 % 4
+    shutil.rmtree(run_dir, ignore_errors=True)
+    _make(run_dir, folder, part)
+    scratch, launcher, save = (
+        folder / "tmp" / f"run_{number:04d}",
+        "torchrun" if kind == 3 else "megarl",
+        SAVES[kind % 2],
+    )
+    run = kills.Run(_command(folder, part, run_dir, launcher, save), run_dir / part, scratch)
     done, waits, started, step = [], [], time.monotonic(), 1
     for _ in range(KILLS_PER_RUN):
         phase, rank, delay = kills.choose(chance, PHASES[part])
-        if kind == 1 and chance.random() < 0.3:  # the launcher too may be killed: then a person starts it again
+        if kind in (1, 2) and chance.random() < 0.2:  # the launcher too may be killed: then a person starts it again
             rank = -1
-        kill = _kill(run, phase, step, rank, delay, pause)
+        kill = _kill(run, phase, step, rank, delay)
         if kill is None:
             break
         place, back = kill.place, time.monotonic()
@@ -90,16 +95,17 @@ def _one_run(folder: Path, part: str, number: int, pause: Path | None) -> None:
             run.process.wait()
             while any(kills.is_running(process) for process in run.processes()):
                 time.sleep(0.05)
-            run.command = _command(folder, part, run_dir, torchrun=0, resume=True)
+            run.command = _command(folder, part, run_dir, launcher, save, "resume=auto")
             run.start()
         if " step " in place:
-            waits.append(_back(run, place, back, pause))
-    code = _wait(run, pause)
+            waits.append(_back(run, place, back))
+    code = _wait(run)
     left = [str(p) for p in run.processes()] + [p.name for p in scratch.iterdir() if launcher == "megarl"]
     run.close()
-    unequal = kills.differences(run_dir / part, folder / "undisturbed" / part) if code == 0 else [f"exit code {code}"]
+    unequal = kills.differences(run_dir / part, folder / part / part) if code == 0 else [f"exit code {code}"]
     row = {
-        "part": part, "launcher": launcher, "kills": done, "seconds": round(time.monotonic() - started, 1),
+        "part": part, "launcher": launcher, "async": save == SAVES[1], "kills": done,
+        "seconds": round(time.monotonic() - started, 1),
         "seconds_until_back": [round(wait, 1) for wait in waits], "differences": unequal, "left": left,
         "date": str(date.today()),
     }  # fmt: skip
@@ -110,17 +116,15 @@ def _one_run(folder: Path, part: str, number: int, pause: Path | None) -> None:
         shutil.rmtree(scratch)
 
 
-def _command(folder: Path, part: str, run_dir: Path, torchrun: int, resume: bool = False) -> list[str]:
-    own = [f"run_dir={run_dir}", f"model.path={folder / 'model'}", *COMMON, *SETTINGS[part]]
-    own += ["resume=auto"] if resume else []
-    own += [] if torchrun else ["parallel.max_restarts=99"]
-    return kills.command(part, CONFIG, own, torchrun)
+def _command(folder: Path, part: str, run_dir: Path, launcher: str, *more: str) -> list[str]:
+    own = [f"run_dir={run_dir}", f"model.path={folder / 'model'}", *COMMON, *SETTINGS[part], *more]
+    own += ["parallel.max_restarts=99"] if launcher == "megarl" else []
+    return kills.command("sft" if part == "warm" else part, CONFIG, own, 99 if launcher == "torchrun" else 0)
 
 
-def _kill(run: kills.Run, phase: str, step: int, rank: int, delay: float, pause: Path | None) -> kills.Kill | None:
+def _kill(run: kills.Run, phase: str, step: int, rank: int, delay: float) -> kills.Kill | None:
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline and run.process.poll() is None:
-        _pause(run, pause)
         kill = kills.kill_at(run, phase, step, max(rank, 0), delay, timeout=5) if rank >= 0 else None
         if rank < 0 and kills.wait_until(run, kills.re.compile(rf", {phase}$"), 0, timeout=5):
             time.sleep(delay)
@@ -131,11 +135,10 @@ def _kill(run: kills.Run, phase: str, step: int, rank: int, delay: float, pause:
     return None
 
 
-def _back(run: kills.Run, place: str, since: float, pause: Path | None) -> float:
+def _back(run: kills.Run, place: str, since: float) -> float:
     """Seconds from a kill until rank 0 is as far as the killed rank was."""
     wanted = int(place.split(" step ")[1].split(",")[0])
     while run.process.poll() is None and time.monotonic() - since < TIMEOUT:
-        _pause(run, pause)
         found = kills.re.search(r" step (\d+),", run.place(0))
         if found and int(found[1]) >= wanted and run.rank(0) is not None and time.monotonic() - since > 1:
             break
@@ -143,31 +146,11 @@ def _back(run: kills.Run, place: str, since: float, pause: Path | None) -> float
     return time.monotonic() - since
 
 
-def _wait(run: kills.Run, pause: Path | None) -> int:
+def _wait(run: kills.Run) -> int:
     deadline = time.monotonic() + TIMEOUT
     while run.process.poll() is None and time.monotonic() < deadline:
-        _pause(run, pause)
         time.sleep(0.2)
     return run.process.poll() if run.process.poll() is not None else 124
-
-
-def _pause(run: kills.Run, pause: Path | None) -> None:
-    if pause is None or not pause.exists():
-        return
-    stopped = run.processes()
-    for process in stopped:
-        _signal(process, signal.SIGSTOP)
-    while pause.exists():
-        time.sleep(0.5)
-    for process in stopped:
-        _signal(process, signal.SIGCONT)
-
-
-def _signal(process: int, number: signal.Signals) -> None:
-    try:
-        os.kill(process, number)
-    except ProcessLookupError:
-        pass
 
 
 def _recorded() -> list[dict]:

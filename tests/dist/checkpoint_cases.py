@@ -91,8 +91,8 @@ def stepped_during_a_save(path: str, folder: str, parallel: dict[str, Any]) -> d
     """Digests before and after steps taken while a save waits to be written, and of what it then holds."""
     policy, mesh, step = _trained(path, parallel)
     checkpointer = _checkpointer(folder, mesh, policy)
-    write, go = checkpoint._Save.write, threading.Event()
-    checkpoint._Save.write = lambda save: (go.wait(60), write(save))[1]
+    write, go = checkpoint.Save.write, threading.Event()
+    checkpoint.Save.write = lambda save: (go.wait(60), write(save))[1]
     out: dict[str, Any] = {"saved": digest(policy)}
     try:
         checkpointer.save(1, wait=False)
@@ -100,7 +100,7 @@ def stepped_during_a_save(path: str, folder: str, parallel: dict[str, Any]) -> d
         checkpointer.poll()  # nothing to say yet
         out["unfinished"] = [path.name for path in checkpoints(Path(folder))]
     finally:
-        checkpoint._Save.write = write
+        checkpoint.Save.write = write
         go.set()
     checkpointer.finish()
     out["stepped"] = digest(policy)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.program import Project
-from tests.faults.kills import Run, command, differences, is_running, kill_at, wait_until
+from tests.faults.kills import ROOT, Run, command, differences, is_running, kill_at, wait_until
 
 
 @pytest.fixture
@@ -101,6 +103,18 @@ def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path: Path, scratch:
         until(lambda: [rank for rank in ranks if is_running(rank)], 0)
     finally:
         run.close()
+
+
+def test_ranks_that_torchrun_starts_again_meet_each_other(tmp_path: Path) -> None:
+    """Not the ranks before them, of which torchrun's store still knows the addresses."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    words = [*runner, "--monitor-interval", "0.1", "-m", "tests.faults.restarted_program", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+        try:
+            assert job.wait(timeout=120) == 0
+        finally:
+            job.terminate()
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["[(1, 0), (1, 1)]"] * 2
 
 
 def until(found: Callable[[], list[int]], count: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import pickle
 import random
 import struct
@@ -310,10 +311,11 @@ def engine_output(data: bytes) -> None:
     except ValueError:
         return
     value = value if isinstance(value, dict) else {}
-    tokens, log_probs = ([x for x in value.get(k) or [] if isinstance(x, int | float)] if isinstance(value.get(k), list)
-                         else [] for k in ("tokens", "log_probs"))  # fmt: skip
+    tokens, log_probs = ([x for x in _list(value.get(k)) if isinstance(x, int | float)] for k in ("tokens", "log_probs"))
+    tokens = [int(x) for x in tokens if isinstance(x, int) or math.isfinite(x)]
+    log_probs = [x if isinstance(x, float) else float(max(-(2**70), min(x, 2**70))) for x in log_probs]
     rows = [np.zeros(shape, np.uint8) for shape in _list(value.get("routed")) if _is_shape(shape)]
-    check_response(Response([int(x) for x in tokens if np.isfinite(x)], log_probs, rows, str(value.get("end"))), 100)
+    check_response(Response(tokens, log_probs, rows, str(value.get("end"))), 100)
 
 
 def _list(value: Any) -> list:
