@@ -24,10 +24,11 @@ from megarl.config.schema import Config, Parallel
 from megarl.convert import read_spec
 from megarl.convert.rules import Shard
 from megarl.models.spec import ModelSpec
+from megarl.plan.engine import cache_of, weight_bytes
 from megarl.plan.hardware import named
 from megarl.plan.seconds import phase_seconds, step_seconds
 from megarl.plan.shape import ModelShape, Workload
-from megarl.plan.volume import is_reloaded
+from megarl.plan.volume import is_reloaded, sync_plan
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.learner_shards import LearnerLayout
 from megarl.rollout.sync_plan import SyncPlan
@@ -45,7 +46,7 @@ REMEDIES = {
     "tail": "prompts enough that slots stay filled; partial rollouts, for which tokens have a `policy_version`, are not built",
     "decode sends": "engines inside a node (`rollout.tensor_parallel` at most 8), experts over replicas",
     "engine steps": "more sequences a step",
-    "sync": "a plan without a whole tensor anywhere: experts straight to their ranks, what a rank has is copied",
+    "sync": "slices straight to the ranks that host them, not full tensors; latent attention is still reloaded whole",
     "all-to-all": "ep inside a node where memory allows it; fewer, fuller rows (`rl.micro_batch_tokens`)",
     "bubble": "rows of like cost (`plan_micro_batches`), virtual stages (`parallel.vpp`), fewer stages",
     "other sends": "tp inside a node, `overlap_grad_reduce`, `overlap_param_gather`",
@@ -55,9 +56,9 @@ REMEDIES = {
 }
 
 
-def parts(cfg: Config, shape: ModelShape, world: int, work: Workload) -> dict[str, float]:
+def parts(cfg: Config, shape: ModelShape, world: int, work: Workload, cache_tokens: float) -> dict[str, float]:
     """Seconds of one step by what they go to; they add up to the step."""
-    times = phase_seconds(cfg, shape, named(GPU), world, work)
+    times = phase_seconds(cfg, shape, named(GPU), world, work, cache_tokens)
     rollout, passes = times["rollout"], times["old_log_probs"] + times["update"]
     tail = rollout.detail["tail"] / rollout.seconds  # of each part, its share
     steady = 1 - tail
@@ -94,9 +95,11 @@ def curve(model: str) -> Curve:
     work = replace(Workload.of(cfg), prompts=PROMPTS)
     optimizer = cfg.rl.optimizer.model_copy(update={"cpu_offload": False})
     rl = cfg.rl.model_copy(update={"optimizer": optimizer})
+    weights = weight_bytes(sync_plan(cfg, shape.spec, cfg.parallel.nproc), 0)
+    cache = cache_of(cfg, shape.spec, weights, named(GPU).memory_bytes)
     for world in SIZES[model]:
         here = cfg if world == cfg.parallel.nproc else cfg.model_copy(update={"rl": rl})  # Adam then fits on the device
-        rows[world] = parts(here, shape, world, work)
+        rows[world] = parts(here, shape, world, work, cache.tokens)
     return Curve(model, rows)
 
 
