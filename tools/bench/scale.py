@@ -1,8 +1,8 @@
 """Where the time of an RL step goes from 8 to 4,096 GPUs, and what a weight sync of 1,024 ranks moves: all on paper.
 
-    .venv/bin/python tools/bench/scale.py --out tools/bench/results/scale.md
+    .venv/bin/python tools/bench/scale.py --svg tools/bench/results/scale.svg
 
-The times are those of `megarl.plan.seconds` on H100s for the recipes of configs/recipes. The syncs are simulated with the
+Prints the tables of results/scale.md. The times are those of `megarl.plan.seconds` on H100s for the recipes of configs/recipes. The syncs are simulated with the
 plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank may hold a whole model at any time.
 """
 
@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -286,15 +287,16 @@ def sync_lines() -> list[str]:
                 f"{found.network / max(1, found.node_bound):.2f} | {found.most_sent / found.mean_sent:.2f} | "
                 f"{found.in_flight / gb:.2f} GB | {found.seconds:.1f} s |"
             )
-            print(lines[-1], flush=True)
+            print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--svg", type=Path, help="Where the curves are drawn.")
     parser.add_argument("--part", choices=["curves", "sync", "all"], default="all")
     args = parser.parse_args()
+    args.svg = args.svg and args.svg.resolve()
     platform.setup()
     os.chdir(ROOT)
     lines: list[str] = []
@@ -302,13 +304,11 @@ def main() -> None:
         found = [curve(model) for model in SIZES]
         for one in found:
             lines += ["", f"### {one.model}", "", *curve_table(one)]
-        if args.out:
-            draw(found, args.out.with_suffix(".svg"))
+        if args.svg:
+            draw(found, args.svg)
     if args.part != "curves":
         lines += ["", *sync_lines()]
     print("\n".join(lines))
-    if args.out:
-        args.out.with_suffix(".part.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
