@@ -46,7 +46,7 @@ def make_plan(
     memory = plan_memory(cfg, world, hardware, work, reserve)
     shape = ModelShape.of(spec_of_config(cfg))
     found = tuple(search(cfg, world, hardware, work, reserve=reserve)) if wide else ()
-    times = phase_seconds(cfg, shape, hardware, world, work)
+    times = phase_seconds(cfg, shape, hardware, world, work, memory.cache.tokens)
     return Plan(memory, times, _volumes(cfg, shape, world, work), work.optimizer_steps, found)
 
 

@@ -144,7 +144,8 @@ def plan_memory(
     dp = world // (cfg.parallel.tp * cfg.parallel.cp * cfg.parallel.pp)
     shape = ModelShape.of(spec)
     rows = Rows.of(work, shape, dp, cfg.parallel.pp if cfg.parallel.vpp else 1)
-    plan = replace(sync_plan(cfg, spec, world), portion=portion_bytes(is_cpu))
+    plan = sync_plan(cfg, spec, world)
+    plan = plan if plan.whole else replace(plan, portion=portion_bytes(is_cpu))  # as `WeightSync` takes them
     weights = weight_bytes(plan, 0)
     cache = cache_of(cfg, spec, weights, None if is_cpu else hardware.memory_bytes)
     engine = {

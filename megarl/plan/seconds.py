@@ -58,19 +58,25 @@ class PhaseTime:
 
 
 def phase_seconds(
-    cfg: Config, shape: ModelShape, hardware: Hardware, world: int, work: Workload | None = None
+    cfg: Config,
+    shape: ModelShape,
+    hardware: Hardware,
+    world: int,
+    work: Workload | None = None,
+    cache_tokens: float | None = None,
 ) -> dict[str, PhaseTime]:
     """Phase -> its time in one RL step of `cfg.rl` on `world` ranks; the checkpoint's is that of one checkpoint.
 
-    `work`: what is sampled and trained on; none: as `Workload.of` takes it from the configuration. Raises ValueError when
-    the layers do not divide over the stages.
+    `work`: what is sampled and trained on; none: as `Workload.of` takes it from the configuration. `cache_tokens`: that
+    the key/value cache of a replica has room for; none: for all that `rollout.max_concurrent` lets run. Raises ValueError
+    when the layers do not divide over the stages.
     """
     work = work or Workload.of(cfg)
     p = cfg.parallel
     dp = world // (p.tp * p.cp * p.pp)
     layout = layout_of(cfg, shape, world, Rows.of(work, shape, dp, p.pp if p.vpp else 1))
     return {
-        "rollout": rollout(cfg, shape, hardware, world, work),
+        "rollout": rollout(cfg, shape, hardware, world, work, cache_tokens),
         "sync": sync(cfg, shape, hardware, world),
         "old_log_probs": old_log_probs(layout, hardware).times(work.optimizer_steps),
         "update": update(layout, hardware).times(work.optimizer_steps) + parked(layout, hardware),
@@ -261,7 +267,9 @@ def checkpoint(layout: Layout, hardware: Hardware) -> PhaseTime:
 # -- rollout -------------------------------------------------------------------------------------------------------
 
 
-def rollout(cfg: Config, shape: ModelShape, hardware: Hardware, world: int, work: Workload) -> PhaseTime:
+def rollout(
+    cfg: Config, shape: ModelShape, hardware: Hardware, world: int, work: Workload, cache_tokens: float | None = None
+) -> PhaseTime:
     """One engine's share of the prompts: their prefill, then step by step until its longest response has ended."""
     r = cfg.rollout
     replicas = world // r.tensor_parallel
@@ -271,8 +279,12 @@ def rollout(cfg: Config, shape: ModelShape, hardware: Hardware, world: int, work
     first = decode.prefill(prompts * work.prompt)
     lengths = work.lengths(count)
     order = sorted(range(count), key=lambda i: (i * 0.6180339887) % 1)  # as prompts come: not by length
-    times = first + _serve([lengths[i] for i in order], r.max_concurrent, work.prompt, decode)
-    return times
+    slots = r.max_concurrent
+    if cache_tokens is not None:  # of a sequence that runs, on average over its time
+        occupied = work.prompt + sum(n * n for n in lengths) / (2 * sum(lengths))
+        slots = max(1, min(slots, int(cache_tokens / occupied)))
+    times = first + _serve([lengths[i] for i in order], slots, work.prompt, decode)
+    return times + PhaseTime(detail={"slots": min(slots, count)})
 
 
 def _serve(lengths: list[float], slots: int, prompt: float, decode: _Decode) -> PhaseTime:

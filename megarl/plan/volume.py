@@ -273,11 +273,21 @@ def _data_parallel(layout: Layout, stage: int) -> Iterator[Volume]:
 
 
 def sync_plan(cfg: Config, spec: ModelSpec, world: int) -> SyncPlan:
-    """The plan that a run of `cfg` executes on `world` ranks."""
+    """The plan that a run of `cfg` executes on `world` ranks, but for the portions that it takes a block's experts in."""
     r = cfg.rollout
     learner = LearnerLayout.of(cfg.parallel, world, spec.num_layers)
     degrees = EngineDegrees(r.tensor_parallel, r.data_parallel, r.expert_parallel)
-    return SyncPlan(spec, cfg.rollout_dtype, learner, degrees, fp8=Fp8Weights.of(spec, cfg.model, r))
+    fp8 = Fp8Weights.of(spec, cfg.model, r)
+    return SyncPlan(spec, cfg.rollout_dtype, learner, degrees, whole=is_reloaded(spec), fp8=fp8)
+
+
+def is_reloaded(spec: ModelSpec) -> bool:
+    """Whether vLLM's layers of a family cannot be written into, so that every rank is given full tensors for its reload.
+
+    Known without an engine: of latent attention vLLM keeps products of weights, and gpt-oss's experts are loaded stacked.
+    On a GPU one more reason is an expert kernel that is not Triton's, which a run says at its first sync.
+    """
+    return bool(spec.kv_lora_rank) or spec.family == "gpt_oss"
 
 
 @dataclass(frozen=True)
@@ -293,10 +303,9 @@ class SyncVolume:
 def sync_volume(plan: SyncPlan, rank: int, gpus_per_node: int) -> SyncVolume:
     """What a rank receives, by where it comes from."""
     found = {"local": 0, "node": 0, "network": 0}
-    for senders in plan.received(rank):
-        for sender, size in senders.items():
-            near = sender // gpus_per_node == rank // gpus_per_node
-            found["local" if sender == rank else "node" if near else "network"] += size
+    for sender, size in plan.received(rank).items():
+        near = sender // gpus_per_node == rank // gpus_per_node
+        found["local" if sender == rank else "node" if near else "network"] += size
     return SyncVolume(**found, bound=plan.traffic(rank).bound)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -291,39 +292,46 @@ class SyncPlan:
             layers[key] = layers.get(key, 0) + entry.bytes
         return max(layers.values())
 
-    def received(self, rank: int) -> list[dict[int, int]]:
-        """The bytes that a rank gets in each block, by sender; its own under its own number."""
-        out: list[dict[int, int]] = []
-        members = {group: self.learner.shard(rank).members(group) for group in ("", "tp", "expert")}
-        index = 0 if self.whole else rank % self.engine.ranks
+    def received(self, rank: int) -> dict[int, int]:
+        """The bytes that a rank gets in a sync, by sender; its own under its own number."""
+        out: dict[int, int] = {}
+        for (stage, group, shard), size in self._totals(0 if self.whole else rank % self.engine.ranks).items():
+            sender = self.learner.sender(stage, group, shard, rank)
+            out[sender] = out.get(sender, 0) + size
+        return out
+
+    @functools.cache  # noqa: B019 - the ranks of one engine
+    def _totals(self, index: int) -> Counter[tuple[int, str, Shard]]:
+        """`shares` of all blocks together."""
+        totals: Counter[tuple[int, str, Shard]] = Counter()
+        for block in self.shares(index):
+            totals.update(block)
+        return totals
+
+    @functools.cache  # noqa: B019 - the ranks of one engine
+    def shares(self, index: int) -> list[dict[tuple[int, str, Shard], int]]:
+        """The bytes that the `index`-th rank of an engine is given in each block, by the shard that has them.
+
+        A shard is (stage, group, coordinates); who sends it depends on the receiver, how much does not.
+        """
+        out: list[dict[tuple[int, str, Shard], int]] = []
+        learner, hosted = self.learner, self.hosted(index)
         for block in self.blocks:
             out.append({})
             for rule, entries in block:
-                stage, found = self.learner.stage(rule.megatron), out[-1]
-                for shard in members[rule.group]:
-                    size = self._bytes(rule, entries, shard, rank, index)
+                for shard in Shard(learner.tp, learner.ep, learner.etp).members(rule.group):
+                    size = message_bytes(self._pieces(rule, entries, shard, hosted))
                     if size:
-                        sender = self.learner.sender(stage, rule.group, shard, rank)
-                        found[sender] = found.get(sender, 0) + size
+                        key = learner.stage(rule.megatron), rule.group, shard
+                        out[-1][key] = out[-1].get(key, 0) + size
         return out
-
-    @functools.cached_property
-    def _sizes(self) -> dict[tuple[str, str, Shard, int], int]:
-        return {}
-
-    def _bytes(self, rule: Rule, entries: dict[str, SyncEntry], shard: Shard, rank: int, index: int) -> int:
-        """Of the pieces of one shard that a rank is given, which is the `index`-th of its engine: the same for all such."""
-        key = (rule.megatron, next(iter(entries)), shard, index)  # the experts of a block may be in portions
-        if key not in self._sizes:
-            self._sizes[key] = message_bytes(self._pieces(rule, entries, shard, self.hosted(rank)))
-        return self._sizes[key]
 
     @functools.cache  # noqa: B019 - asked for by each rank for itself
     def traffic(self, rank: int) -> Traffic:
         """The bytes that a rank's engine part is made of, and where they come from."""
         found = self.received(rank)
-        local = sum(senders.pop(rank, 0) for senders in found)
-        received = sum(sum(senders.values()) for senders in found)
+        local = found.pop(rank, 0)
+        received = sum(found.values())
         bound = replace(self, whole=False).traffic(rank).received if self.whole else received
         return Traffic(local, received, bound)
 

@@ -15,7 +15,7 @@ from megarl.config.schema import Generate
 from megarl.errors import BadInput
 from megarl.models.generate import spec_of
 from megarl.plan.hardware import CHIPS, named
-from megarl.plan.seconds import PHASES, phase_seconds, send_seconds, step_seconds
+from megarl.plan.seconds import PHASES, phase_seconds, rollout, send_seconds, step_seconds
 from megarl.plan.shape import ModelShape, Rows, Workload, causal_pairs
 from megarl.plan.volume import (
     Volume,
@@ -229,6 +229,14 @@ def test_sync_volume_is_the_plans_traffic(layout):
     assert sync_volume(plan, 0, gpus_per_node=4).network == 0 < sync_volume(plan, 0, gpus_per_node=2).network
 
 
+def test_engines_that_vllm_reloads_are_sent_everything(layout):
+    """As `WeightSync` plans it: of latent attention and of gpt-oss every rank gets full tensors."""
+    for name, whole in (("deepseek-v3", True), ("gpt-oss-120b", True), ("mixtral-8x7b", False)):
+        spec = ModelShape.from_folder(MODELS / name).spec
+        spec = replace(spec, num_layers=2, moe_layers=(1,), windows=spec.windows[:2])
+        assert sync_plan(layout(2).cfg, spec, 2).whole == whole
+
+
 def test_a_checkpoint_has_weights_main_weights_and_moments(layout):
     assert checkpoint_bytes(layout(1)) == SMALL.parameters * (2 + 4 + 8)
 
@@ -294,6 +302,9 @@ def test_the_longest_response_and_the_bubble(qwen):
     even, spread = (phase_seconds(cfg, shape, H100, 32, replace(work, spread=s))["rollout"] for s in (0.01, 1.0))
     assert even.detail["tail"] < 0.05 * even.seconds < spread.detail["tail"]
     assert spread.detail["decode steps"] == 8192 > 3 * even.detail["decode steps"]
+    narrow = rollout(cfg, shape, H100, 32, replace(work, spread=0.5), cache_tokens=10 * (512 + 2000))
+    assert 8 <= narrow.detail["slots"] <= 20  # sequences grow while they run, so that some more than ten full ones fit
+    assert narrow.seconds > 2 * rollout(cfg, shape, H100, 32, replace(work, spread=0.5)).seconds
     staged = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update={"pp": 4})})
     update = phase_seconds(staged, shape, H100, 32, work)["update"]
     assert 0 < update.detail["bubble"] == pytest.approx(update.idle)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from megarl.config.schema import Generate, Parallel
 from megarl.models.generate import spec_of
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.learner_shards import LearnerLayout, layer_stages
-from megarl.rollout.sync_plan import SyncPlan
+from megarl.rollout.sync_plan import SyncPlan, message_bytes
 
 platform.setup()
 SHAPE = dict(hidden_size=16, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=4, intermediate_size=16)
@@ -52,10 +53,13 @@ def test_every_element_arrives_once_from_a_rank_that_holds_it(plan):
     sent = {(block, r): plan.outgoing(block, r) for block in range(len(plan.blocks)) for r in world}
     for rank in world:
         hosted = {name: np.zeros([s.stop - s.start for s in box]) for name, box in plan.hosted(rank).items()}
-        size = {"local": 0, "received": 0}
+        size, by_sender = {"local": 0, "received": 0}, Counter()
         for block, rules in enumerate(plan.blocks):
             parameters = {rule.megatron: rule for rule, _ in rules}
-            for sender, pieces in plan.incoming(block, rank).items():
+            incoming = plan.incoming(block, rank)
+            for sender, pieces in incoming.items():
+                by_sender[sender] += message_bytes(pieces)
+            for sender, pieces in incoming.items():
                 if sender != rank:
                     assert sent[block, sender][rank] == pieces
                 for piece in pieces:
@@ -73,6 +77,7 @@ def test_every_element_arrives_once_from_a_rank_that_holds_it(plan):
         for name, box in plan.hosted(rank).items():
             assert (hosted[name] == tensors[name][box]).all(), name
         traffic = plan.traffic(rank)
+        assert plan.received(rank) == by_sender
         assert (traffic.local, traffic.received) == (size["local"], size["received"])
         assert traffic.bound <= traffic.received and (plan.whole or traffic.bound == traffic.received)
     assert sum(len(to) for to in sent.values()) == sum(
@@ -183,3 +188,27 @@ def test_a_plan_for_512_ranks_takes_seconds():
     traffic = plan.traffic(5)
     assert time.perf_counter() - start < 20
     assert traffic.written < plan.bytes / 4 and sum(map(bool, outgoing)) == 25
+
+
+def test_a_thousand_ranks_share_the_sending_and_none_holds_the_model():
+    """Every rank of 1,024: what it is sent is what it hosts and has not, a little at a time; in seconds."""
+    shape = dict(hidden_size=256, num_heads=16, num_kv_heads=4, head_dim=32, moe_intermediate_size=64)
+    spec = spec_of(Generate(num_layers=16, num_experts=64, top_k=4, **shape))
+    learner, engine = LearnerLayout.of(Parallel(tp=2, pp=4, ep=16), 1024, 16), EngineDegrees(8, 4, True)
+    plan, start = SyncPlan(spec, "bfloat16", learner, engine), time.perf_counter()
+    hosts = [
+        sum(2 * int(np.prod([s.stop - s.start for s in box])) for box in plan.hosted(index).values())
+        for index in range(engine.ranks)
+    ]
+    sent = np.zeros(1024, dtype=int)
+    for rank in range(1024):
+        received = plan.received(rank)
+        assert sum(received.values()) == hosts[rank % engine.ranks] < plan.bytes / 8
+        for sender, size in received.items():
+            sent[sender] += size * (sender != rank)
+        outgoing = learner.receivers(0, "tp", learner.shard(rank), rank) if rank < 256 else ()
+        assert all(learner.sender(0, "tp", learner.shard(rank), other) == rank for other in outgoing)
+    for index in range(engine.ranks):
+        sizes = [sum(shares.values()) for shares in plan.shares(index)]
+        assert max(a + b for a, b in itertools.pairwise(sizes)) < plan.bytes / 32  # two blocks are held at once
+    assert sent.max() < 2 * sent.mean() and time.perf_counter() - start < 20
