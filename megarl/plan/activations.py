@@ -39,12 +39,15 @@ class Row:
     copies: bool = False  # queries, keys and values are copied into buckets
 
     @classmethod
-    def of(cls, lengths: Sequence[int], parallel: Parallel, scored: int, windows: Sequence[int] = ()) -> Row:
-        """Of sequences of these lengths; the row is padded as packing pads it. `scored`: over all context-parallel ranks."""
+    def of(
+        cls, lengths: Sequence[int], parallel: Parallel, scored: int, windows: Sequence[int] = (), least: int = 0
+    ) -> Row:
+        """Of sequences of these lengths; the row is padded as packing pads it, and to `least` tokens. These and `scored`
+        are over all context-parallel ranks."""
         cp, step = parallel.cp, 2 * parallel.cp if parallel.cp > 1 else 1
         documents = [-(-length // step) * step for length in lengths]
         multiple = step * parallel.tp
-        tail = -sum(documents) % multiple
+        tail = max(-(-sum(documents) // multiple) * multiple, least) - sum(documents)
         ends = torch.tensor([0, *documents, *([tail] if tail else [])]).cumsum(0).to(torch.int32)
         layouts = {window: attention_layout(ends, window, cp, 0) for window in {*windows} or {0}}
         sizes = {window: _sizes(layout, int(ends[-1]) // cp) for window, layout in layouts.items()}
@@ -98,9 +101,11 @@ class Activations:
 
     def again(self, number: int) -> float:
         """Of a layer, while its part that is computed again goes through its backward."""
-        return {"none": 0.0, "selective": self.mlp(number), "full": self.attention(number) + self.mlp(number)}[
-            self.parallel.recompute
-        ]
+        if self.parallel.recompute == "none":
+            return 0.0
+        if self.parallel.recompute == "selective":
+            return self.mlp(number)
+        return self.attention(number) + self.mlp(number) - self.wide  # its input is what `layer` has
 
     def norm(self, width: float, rows: float | None = None) -> float:
         """Its input and a number a row; PyTorch's of bfloat16 computes in float32 and keeps that and what it gives."""
@@ -200,13 +205,13 @@ class Activations:
             return kept + (0 if self._local else r * rows) + padded * (8 + b + 2 * width * b)
         return kept + r * (rows + 3 * width * b + b + (8 if self._local else 0))
 
-    def ends(self, is_first: bool, is_last: bool, is_whole: bool = False) -> float:
-        """What a row has once on a rank: rotary tables, and on the last stage the last norm and the log-probs."""
+    def ends(self, is_first: bool) -> float:
+        """What a row has once on a rank: rotary tables, the order of attention's buckets, and the first stage's tokens."""
         spec, row = self.spec, self.row
         kept = 2 * row.tokens * spec.rope.width * 4.0 + (8.0 * row.tokens if is_first else 0)
         if row.copies and self.provider == "torch":
             kept += sum(8 * (row.queries[w] + row.keys[w] + row.tokens) for w in row.queries)
-        return kept + (self.head() if is_last and not is_whole else 0)
+        return kept
 
     def head(self) -> float:
         """The last norm, the scored hidden states and their log-probs; all logits only where one block holds them."""
@@ -220,18 +225,6 @@ class Activations:
     @property
     def block(self) -> int:
         return cpu.BLOCK_BYTES if self.is_cpu else cuda.BLOCK_BYTES
-
-    def stage(self, chunks: Sequence[Sequence[int]], stage: int, micro_batches: int) -> float:
-        """The most that is kept at one time on a rank of a pipeline stage that has these layers, chunk by chunk."""
-        p = self.parallel
-        is_first, is_last = stage == 0, stage == p.pp - 1
-        per_chunk = [sum(map(self.layer, layers)) for layers in chunks]
-        flying = in_flight(p.pp, len(chunks), stage, micro_batches)
-        kept = sum(per_chunk[i] * count for i, count in enumerate(flying))
-        rows = -(-sum(flying) // len(chunks))
-        kept += rows * self.ends(is_first, is_last, is_whole=True)
-        layers = [number for layers in chunks for number in layers]
-        return kept + max(self.head() if is_last else 0, max(map(self.again, layers), default=0))
 
     def transient(self, layers: Sequence[int], is_last: bool) -> float:
         """What kernels of a backward pass need beside: gradients of the largest layer's tensors, or blocks of logits."""
@@ -247,6 +240,25 @@ class Activations:
         largest = max((self.attention(number) + self.mlp(number) for number in set(layers)), default=0.0)
         logits = 2 * self.block + self.row.scored * self.spec.hidden_size * 4 if is_last else 0
         return self.wide + max(largest, logits)
+
+
+def most_kept(
+    rows: Sequence[Activations], chunks: Sequence[Sequence[int]], stage: int, micro_batches: int | None = None
+) -> float:
+    """Bytes that are kept at one time, at most, on a rank of a pipeline stage that has these layers, chunk by chunk.
+
+    `rows`: in the order in which they are run; the last one stands for those that follow, `micro_batches` in all.
+    """
+    p = rows[0].parallel
+    is_first, is_last = stage == 0, stage == p.pp - 1
+    flying = in_flight(p.pp, len(chunks), stage, micro_batches or len(rows))
+    kept = 0.0
+    for layers, count in zip(chunks, flying, strict=True):
+        kept += sum(rows[min(i, len(rows) - 1)].layer(number) for i in range(count) for number in layers)
+    kept += sum(rows[min(i, len(rows) - 1)].ends(is_first) for i in range(max(flying)))
+    largest = max(rows, key=lambda one: one.row.tokens)
+    layers = [number for layers in chunks for number in layers]
+    return kept + max(largest.head() if is_last else 0, max(map(largest.again, set(layers)), default=0))
 
 
 def in_flight(pp: int, chunks: int, stage: int, micro_batches: int) -> list[int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from megarl.config.schema import Config
 from megarl.models.spec import ModelSpec
 from megarl.platform import cpu, cuda
 from megarl.rollout.engine_shards import VOCAB, VOCAB_PADDING
+from megarl.rollout.exchange import message_key
 from megarl.rollout.sync_plan import ITEM_BYTES, SyncPlan, message_bytes
 
+STACKED = re.compile(r"\.experts\.[a-z_]+$")  # all experts of a layer in one tensor, as gpt-oss has them
 SAMPLED_COPIES = 3  # float32 tensors of [sequences, vocabulary]: logits, their softmax, the sampler's
 BATCHED_TOKENS = 8192  # of one engine step, at least, see `VLLMEngine`
 
@@ -20,11 +23,14 @@ def weight_bytes(plan: SyncPlan, rank: int) -> int:
     spec, total = plan.spec, 0
     dtypes = {entry.hf_name: entry.dtype for entry in plan.entries}
     rows = -(-spec.vocab_size // VOCAB_PADDING) * VOCAB_PADDING // plan.engine.tensor
-    for name, box in plan.hosted(rank).items():
+    # a plan of whole tensors says what a rank is given, not what it keeps; nor does it cut experts in one tensor
+    stacked = plan.engine.ranks if plan.engine.experts else plan.engine.tensor
+    for name, box in replace(plan, whole=False).hosted(rank).items():
         sizes = [s.stop - s.start for s in box]
         if name.rpartition(".")[0].rpartition(".")[2] in VOCAB:
             sizes[0] = rows
-        total += math.prod(sizes) * ITEM_BYTES[dtypes.get(name, plan.dtype)]
+        share = stacked if STACKED.search(name) else 1
+        total += math.prod(sizes) * ITEM_BYTES[dtypes.get(name, plan.dtype)] // share
     return total + spec.max_position_embeddings * spec.rope.width * ITEM_BYTES[plan.dtype]
 
 
@@ -91,7 +97,7 @@ def buffer_bytes(plan: SyncPlan, rank: int, is_cpu: bool) -> int:
         key = _kind(plan, block, rank)
         if key not in sizes:
             received = sum(message_bytes(p) for sender, p in plan.incoming(number, rank).items() if sender != rank)
-            distinct = {r % plan.engine.ranks: message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
+            distinct = {message_key(plan, r, p): message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
             sizes[key] = received, sum(distinct.values())
         found.append(sizes[key])
     if is_cpu:  # windows hold what is sent: even blocks before odd ones

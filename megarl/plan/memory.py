@@ -12,7 +12,7 @@ from megarl.convert import read_spec
 from megarl.learner.policy import Role
 from megarl.models.generate import spec_of
 from megarl.models.spec import ModelSpec
-from megarl.plan.activations import Activations, Row
+from megarl.plan.activations import Activations, Row, most_kept
 from megarl.plan.engine import Cache, buffer_bytes, cache_of, portion_bytes, weight_bytes, workspace_bytes
 from megarl.plan.hardware import GIB, Hardware
 from megarl.plan.held import Held, held, stage_ranks
@@ -144,7 +144,8 @@ def plan_memory(
     dp = world // (cfg.parallel.tp * cfg.parallel.cp * cfg.parallel.pp)
     shape = ModelShape.of(spec)
     rows = Rows.of(work, shape, dp, cfg.parallel.pp if cfg.parallel.vpp else 1)
-    plan = replace(sync_plan(cfg, spec, world), portion=portion_bytes(is_cpu))
+    plan = sync_plan(cfg, spec, world)
+    plan = plan if plan.whole else replace(plan, portion=portion_bytes(is_cpu))  # as `WeightSync` takes them
     weights = weight_bytes(plan, 0)
     cache = cache_of(cfg, spec, weights, None if is_cpu else hardware.memory_bytes)
     engine = {
@@ -205,7 +206,7 @@ def _rank(
     layers = [number for chunk in policy.layers for number in chunk]
     is_last = stage == cfg.parallel.pp - 1
     kept = {
-        name: replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name})).stage(policy.layers, stage, rows)
+        name: most_kept([replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name}))], policy.layers, stage, rows)
         for name in ("none", "selective", "full")
     }
     training = kept[cfg.parallel.recompute] + acting.transient(layers, is_last)
@@ -283,7 +284,7 @@ def estimate(
         states = (8 + (4 if layout.item < 4 else 0)) * (dense / shards[0] + experts / shards[1])
         weights, gradients = (dense + experts) * layout.item, 4 * (dense + experts)
         layers = layout.stage_layers(stage)
-        kept = acting.stage([layers], stage, rows.micro_batches) + acting.transient(layers, stage == p.pp - 1)
+        kept = most_kept([acting], [layers], stage, rows.micro_batches) + acting.transient(layers, stage == p.pp - 1)
         away = cfg.rl.optimizer.cpu_offload
         most = max(most, trained * (weights + gradients + (0 if away else states)) + kept)
         left = 0 if cfg.memory.param_offload else weights

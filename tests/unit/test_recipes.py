@@ -13,18 +13,12 @@ from megarl.config import load_config
 from megarl.config.families import FAMILIES
 from megarl.convert import read_spec
 from megarl.errors import BadInput
+from tools.bench.recipe_costs import BYTES, SECONDS, lines, planned, variants
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 ALGORITHMS = ("gspo", "sapo")
-VARIANT = re.compile(r"#   ([^:]+): ([a-z_0-9.]+=.*)")
-
-
-def variants(file):
-    """Label -> overrides, of the lines at the head; the recipe itself has the label ''."""
-    found = dict(VARIANT.fullmatch(line).groups() for line in file.read_text().splitlines() if line.startswith("#   "))
-    return {"": ""} | found
-
+QUICK = ("mixtral-8x7b", "gpt-oss-120b", "qwen3-30b-a3b")  # planned in a second each
 
 ALL = [pytest.param(file, over, id=f"{file.stem} {label}") for file in RECIPES for label, over in variants(file).items()]
 
@@ -81,6 +75,33 @@ def test_recipes_of_a_model_differ_in_the_algorithm_alone(model):
     for tree in trees:
         del tree["run_dir"], tree["rl"]["algorithm"]
     assert trees[0] == trees[1]
+
+
+def numbers(line):
+    return [float(number) for number in re.findall(r"\d+\.?\d*", line)]
+
+
+def check_expected(file, overrides=""):
+    """What the head says is what `megarl plan` says; variants say nothing, but fit."""
+    plan = planned(file, overrides)
+    assert plan.memory.problem is None
+    if not overrides:
+        head = [line for line in file.read_text().splitlines() if line.startswith((BYTES, SECONDS))]
+        for said, found in zip(head, lines(plan), strict=True):
+            assert numbers(said) == pytest.approx(numbers(found), rel=0.03, abs=0.11), (said, found)
+        sapo = file.with_name(file.name.replace("gspo", "sapo")).read_text().splitlines()
+        assert [line for line in sapo if line.startswith((BYTES, SECONDS))] == head
+
+
+@pytest.mark.parametrize("model", QUICK)
+def test_a_recipe_fits_and_says_what_it_costs(model):
+    check_expected(Path(f"configs/recipes/{model}-gspo.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file, overrides", [one for one in ALL if "gspo" in one.id])
+def test_every_recipe_fits_and_says_what_it_costs(file, overrides):
+    check_expected(file, overrides)
 
 
 def test_a_layout_that_cannot_be_is_found():

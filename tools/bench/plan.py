@@ -43,7 +43,7 @@ def config_of(name: str, folder: Path, family: str = "qwen3_moe") -> tuple[dict[
 def predict(config: dict[str, Any], world: int, ranks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Stage -> what the planner says of the same sequences in the same rows."""
     from megarl.config.schema import Config
-    from megarl.plan.activations import Activations, Row
+    from megarl.plan.activations import Activations, Row, most_kept
     from megarl.plan.held import held, stage_ranks
     from megarl.plan.memory import models_of, spec_of_config
     from megarl.plan.shape import ModelShape, Rows
@@ -58,9 +58,10 @@ def predict(config: dict[str, Any], world: int, ranks: list[dict[str, Any]]) -> 
         mine = [one for one in ranks if one["stage"] == stage]
         kept = []
         for one in mine:
-            rows = [Row.of(row["lengths"], p, row["masked"], spec.windows) for row in one["rows"]]
+            rows = [Row.of(row["lengths"], p, row["masked"], spec.windows, row["tokens"] * p.cp) for row in one["rows"]]
             acting = [Activations(spec, p, row, 4, "torch", True) for row in rows]
-            kept.append(max(a.stage(found.layers, stage, len(rows)) for a in acting))
+            # without a pipeline a row is alone
+            kept.append(max(most_kept([a], found.layers, stage) for a in acting) if p.pp == 1 else most_kept(acting, found.layers, stage))
         rows = mine[0]["rows"]
         tokens = statistics.mean(row["tokens"] for one in mine for row in one["rows"]) * p.cp
         sequences = statistics.mean(len(row["lengths"]) for row in rows)
@@ -96,6 +97,8 @@ def compare(name: str, folder: Path) -> list[tuple[str, str, float, float]]:
         for group in sorted(groups):
             measured = statistics.mean(sum(one["sent"].get(group, {}).values()) for one in mine)
             rows.append((name, f"sent over {group}" + where, measured, wanted["sent"].get(group, 0.0)))
+            if os.environ.get("OPS"):
+                print(group, mine[0]["sent"].get(group))
     return rows
 
 

@@ -45,6 +45,8 @@ def _counted(function: Any, size: Any) -> Any:
         plain = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         tensors = [*(a for a in args if isinstance(a, torch.Tensor)), *plain.values()]
         name, ranks = NAMES.get(id(group)), group.size() if group is not None else 1
+        if function.__name__ == "isend":  # two stages use the world's group for one direction
+            name, ranks = "pp", 2
         if name is not None and ranks > 1:
             operation, payload = size(*tensors)
             factor = {"send": 1.0, "all-reduce": 2 * (ranks - 1) / ranks}.get(operation, (ranks - 1) / ranks)

@@ -1,9 +1,10 @@
 """Where the time of an RL step goes from 8 to 4,096 GPUs, and what a weight sync of 1,024 ranks moves: all on paper.
 
-    .venv/bin/python tools/bench/scale.py --out tools/bench/results/scale.md
+    .venv/bin/python tools/bench/scale.py --svg tools/bench/results/scale.svg
 
-The times are those of `megarl.plan.seconds` on H100s for the recipes of configs/recipes. The syncs are simulated with the
-plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank may hold a whole model at any time.
+Prints the tables of results/scale.md. The times are those of `megarl.plan.seconds` on H100s for the recipes of
+configs/recipes. The syncs are simulated with the plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank
+may hold a whole model at any time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,10 +26,11 @@ from megarl.config.schema import Config, Parallel
 from megarl.convert import read_spec
 from megarl.convert.rules import Shard
 from megarl.models.spec import ModelSpec
+from megarl.plan.engine import cache_of, weight_bytes
 from megarl.plan.hardware import named
 from megarl.plan.seconds import phase_seconds, step_seconds
 from megarl.plan.shape import ModelShape, Workload
-from megarl.plan.volume import is_reloaded
+from megarl.plan.volume import is_reloaded, sync_plan
 from megarl.rollout.engine_shards import EngineDegrees
 from megarl.rollout.learner_shards import LearnerLayout
 from megarl.rollout.sync_plan import SyncPlan
@@ -45,7 +48,7 @@ REMEDIES = {
     "tail": "prompts enough that slots stay filled; partial rollouts, for which tokens have a `policy_version`, are not built",
     "decode sends": "engines inside a node (`rollout.tensor_parallel` at most 8), experts over replicas",
     "engine steps": "more sequences a step",
-    "sync": "a plan without a whole tensor anywhere: experts straight to their ranks, what a rank has is copied",
+    "sync": "slices straight to the ranks that host them, not full tensors; latent attention is still reloaded whole",
     "all-to-all": "ep inside a node where memory allows it; fewer, fuller rows (`rl.micro_batch_tokens`)",
     "bubble": "rows of like cost (`plan_micro_batches`), virtual stages (`parallel.vpp`), fewer stages",
     "other sends": "tp inside a node, `overlap_grad_reduce`, `overlap_param_gather`",
@@ -55,9 +58,9 @@ REMEDIES = {
 }
 
 
-def parts(cfg: Config, shape: ModelShape, world: int, work: Workload) -> dict[str, float]:
+def parts(cfg: Config, shape: ModelShape, world: int, work: Workload, cache_tokens: float) -> dict[str, float]:
     """Seconds of one step by what they go to; they add up to the step."""
-    times = phase_seconds(cfg, shape, named(GPU), world, work)
+    times = phase_seconds(cfg, shape, named(GPU), world, work, cache_tokens)
     rollout, passes = times["rollout"], times["old_log_probs"] + times["update"]
     tail = rollout.detail["tail"] / rollout.seconds  # of each part, its share
     steady = 1 - tail
@@ -94,9 +97,11 @@ def curve(model: str) -> Curve:
     work = replace(Workload.of(cfg), prompts=PROMPTS)
     optimizer = cfg.rl.optimizer.model_copy(update={"cpu_offload": False})
     rl = cfg.rl.model_copy(update={"optimizer": optimizer})
+    weights = weight_bytes(sync_plan(cfg, shape.spec, cfg.parallel.nproc), 0)
+    cache = cache_of(cfg, shape.spec, weights, named(GPU).memory_bytes)
     for world in SIZES[model]:
         here = cfg if world == cfg.parallel.nproc else cfg.model_copy(update={"rl": rl})  # Adam then fits on the device
-        rows[world] = parts(here, shape, world, work)
+        rows[world] = parts(here, shape, world, work, cache.tokens)
     return Curve(model, rows)
 
 
@@ -153,6 +158,7 @@ LEARNERS = {
         "pp 16 ep 16": dict(pp=16, ep=16, first_stage_layers=3, last_stage_layers=2),
     },
     "glm-4.5": {"tp 2 pp 4 ep 16": dict(tp=2, pp=4, ep=16)},
+    "qwen3-30b-a3b": {"ep 32": dict(ep=32), "ep 8": dict(ep=8)},
 }
 ENGINES = {
     "tensor 8": EngineDegrees(8),
@@ -160,6 +166,7 @@ ENGINES = {
     "tensor 8 x data 4, experts": EngineDegrees(8, 4, True),
     "tensor 32": EngineDegrees(32),
 }
+SMALL = {"tensor 2": EngineDegrees(2), "tensor 8": EngineDegrees(8)}  # engines of a model that fits a GPU or two
 
 
 @dataclass(frozen=True)
@@ -268,8 +275,9 @@ def sync_lines() -> list[str]:
     for model, learners in LEARNERS.items():
         spec = read_spec(ROOT / "configs" / "models" / model)
         ways = [False, True] if is_reloaded(spec) else [False]
-        for (where, degrees), (name, engine), whole in itertools.product(learners.items(), ENGINES.items(), ways):
-            if whole and engine.ranks < 32:
+        engines = SMALL if model == "qwen3-30b-a3b" else ENGINES
+        for (where, degrees), (name, engine), whole in itertools.product(learners.items(), engines.items(), ways):
+            if is_reloaded(spec) and engine.ranks < 32:  # a part of it would be more than a GPU has
                 continue
             found = simulate(spec, Parallel(**degrees), engine, whole)
             name += ", reloaded" if whole else ""
@@ -280,15 +288,16 @@ def sync_lines() -> list[str]:
                 f"{found.network / max(1, found.node_bound):.2f} | {found.most_sent / found.mean_sent:.2f} | "
                 f"{found.in_flight / gb:.2f} GB | {found.seconds:.1f} s |"
             )
-            print(lines[-1], flush=True)
+            print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--svg", type=Path, help="Where the curves are drawn.")
     parser.add_argument("--part", choices=["curves", "sync", "all"], default="all")
     args = parser.parse_args()
+    args.svg = args.svg and args.svg.resolve()
     platform.setup()
     os.chdir(ROOT)
     lines: list[str] = []
@@ -296,13 +305,11 @@ def main() -> None:
         found = [curve(model) for model in SIZES]
         for one in found:
             lines += ["", f"### {one.model}", "", *curve_table(one)]
-        if args.out:
-            draw(found, args.out.with_suffix(".svg"))
+        if args.svg:
+            draw(found, args.svg)
     if args.part != "curves":
         lines += ["", *sync_lines()]
     print("\n".join(lines))
-    if args.out:
-        args.out.with_suffix(".part.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
