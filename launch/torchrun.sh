@@ -66,8 +66,8 @@ end_idle() {
             *) idle=0 failed=no ;;
             esac
         done
-        most=$([ $failed = yes ] && echo "${MEGARL_IDLE_SECONDS:-20}" || echo 330)
-        [ $idle -le $((most + ($2 > 0 ? join_seconds : 0))) ] || kill -KILL "$1" 2>/dev/null
+        most=$([ "$failed $2" = "yes 0" ] && echo "${MEGARL_IDLE_SECONDS:-20}" || echo $((330 + join_seconds)))
+        [ $idle -le $most ] || kill -KILL "$1" 2>/dev/null
     done
 }
 
