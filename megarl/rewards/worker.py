@@ -33,6 +33,7 @@ from megarl.rewards.functions import build
 
 LARGEST = 1e18  # a larger score overflows float32 in the square
 PREPARING = 600  # seconds of processor time for what is imported between two chunks
+THREADS_LEFT = 77  # exit code of a worker whose item left many threads: those of the next items would be ended for them
 PRINTED = 1 << 16  # bytes of a worker's output that reach the log, each minute
 
 
@@ -150,6 +151,8 @@ def first_process(limits: dict[str, Any], missing: list[str], printed: int, verd
 def ending(code: int, limits: dict[str, Any]) -> str:
     if code == -signal.SIGXCPU:
         return f"used more than {limits['cpu']} s of processor time"
+    if code == THREADS_LEFT:
+        return f"left more than {limits['tasks'] // 2} threads running"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"the scoring process ended ({how})"
 
@@ -188,7 +191,7 @@ def score_one(function: Any, item: tuple) -> tuple[float, str]:
         return 0.0, one_line(error)
 
 
-def score_chunk(function: Any, items: list[tuple], out: BinaryIO, cpu: float) -> None:
+def score_chunk(function: Any, items: list[tuple], out: BinaryIO, limits: dict[str, Any]) -> None:
     """Writes one frame per item; a batched reward (a judge) is called once for all of them."""
     me, before = os.getpid(), {*sandbox.descendants(os.getpid())}
     limit_processor_time(PREPARING)
@@ -204,13 +207,15 @@ def score_chunk(function: Any, items: list[tuple], out: BinaryIO, cpu: float) ->
             write_answer(out, [position, score, reason, seconds])
         return
     for position, item in enumerate(items):
-        limit_processor_time(cpu)
+        limit_processor_time(limits["cpu"])
         score, reason = score_one(function, item)
         if os.getpid() != me:
             os._exit(0)  # a fork that the function has returned from as well
         now = time.perf_counter()
         if has_children() and sandbox.descendants(me).keys() - before and not sandbox.end_descendants(keep=before):
             os._exit(1)
+        if len(os.listdir("/proc/self/task")) > limits["tasks"] // 2:
+            os._exit(THREADS_LEFT)  # of threads only the end of their process disposes
         write_answer(out, [position, score, reason, now - started])
         started = time.perf_counter()
 
@@ -268,7 +273,7 @@ def work(source: BinaryIO, out: BinaryIO, limits: dict[str, Any], missing: list[
             items = read_work(source)
         except EOFError:
             return
-        score_chunk(functions[items[0][0]], items, out, limits["cpu"])
+        score_chunk(functions[items[0][0]], items, out, limits)
 
 
 if __name__ == "__main__":

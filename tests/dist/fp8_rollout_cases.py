@@ -84,8 +84,9 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     out |= {"bytes": weight_sync.plan.bytes, "written": report.traffic.written, "reload": engine.reload_reason}
     out |= {"synced": check(), "sums": sums(), "codes": _same_codes(stream_hf, policy, mesh, engine, Product, recipe_of)}
     engine.reset_prefix_cache()
-    plain = measure_gap(engine, probes, probe_log_probs(policy, probes), mesh)
-    out["plain_learner"] = [plain.mean, plain.median]
+    scores, plain = engine.score(probes), probe_log_probs(policy, probes)
+    out["same_start"] = _same_start(probe_log_probs(policy, probes, fp8), scores)
+    out["plain_learner"] = [measure_gap(engine, probes, plain, mesh).mean, _same_start(plain, scores)]
     out["factors"] = broken(lambda weights: weights[f"{DOWN}_scale_inv"].mul_(4))
     out["codes_moved"] = broken(lambda weights: weights.update({Q: weights[Q].view(torch.uint8).roll(1, 0).view(weights[Q].dtype)}))
     for chunk in policy.modules:
@@ -100,6 +101,15 @@ def sync(path: str, dtype: str = "float32", model: dict[str, Any] = {}, rollout:
     whole.run(policy.modules, 7)
     out["reloaded"] = max(float(np.abs(a - b).max()) for a, b in zip(engine.score(probes), scores, strict=True))
     return out
+
+
+def _same_start(learner: list[np.ndarray], engine: list[np.ndarray]) -> int:
+    """Tokens that agree to 1e-4 from a probe's second on, up to its first that does not, of all probes together.
+
+    A last bit may make a neighbouring code, and attention hands that on to every token after it, but to none before.
+    """
+    different = [np.abs(a[1:] - b[1:]) > 1e-4 for a, b in zip(learner, engine, strict=True)]
+    return sum(int(flags.argmax()) if flags.any() else len(flags) for flags in different)
 
 
 def _same_codes(stream_hf: Any, policy: Any, mesh: Any, engine: Any, product: Any, recipe_of: Any) -> dict[str, int]:

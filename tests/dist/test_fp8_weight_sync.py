@@ -22,10 +22,10 @@ def rank(path):
 
 
 def test_learner_and_engine_round_alike(rank):
-    """Their log-probs are equal but where a last bit makes a neighbouring code; without FP8 in the learner none are."""
-    mean, _largest, median = rank["synced"]
-    assert rank["reload"] is None and mean <= 5e-2 and median <= 1e-4
-    assert rank["plain_learner"][0] >= 5 * mean and rank["plain_learner"][1] >= 100 * median
+    """Their log-probs are equal until a last bit makes a neighbouring code; without FP8 in the learner none are."""
+    mean, same = rank["synced"][0], rank["same_start"]
+    assert rank["reload"] is None and mean <= 5e-2 and same >= 8, (mean, same)
+    assert rank["plain_learner"][0] >= 3 * mean and rank["plain_learner"][1] <= 1, rank["plain_learner"]
 
 
 def test_the_engine_has_the_codes_that_the_learner_multiplies_with(rank):
@@ -78,7 +78,7 @@ def test_experts_of_one_rank_each_and_split_linears(path):
     """Two ranks: experts of a learner with ep go to an engine that splits everything else."""
     ranks = run_ranks(SYNC, 2, path, timeout=1200, ep=2, rollout=dict(tensor_parallel=2, expert_parallel=True))
     for rank in ranks:
-        assert rank["synced"][0] <= 5e-2 and rank["synced"][2] <= 1e-4
+        assert rank["synced"][0] <= 5e-2 and rank["same_start"] >= 8
         assert rank["sums"] == "equal" and rank["codes"]["same"] and not rank["codes"]["other"]
         assert rank["reloaded"] == 0 and "experts 3" in rank["factors"][0]
 
