@@ -30,7 +30,7 @@ shift
 : "${PYTHON:=python3}" "${MEGARL_JOB_DIR:=runs/launch/$id}"
 [ -n "$ranks" ] || ranks=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [ "$ranks" -gt 0 ] || ranks=1
-export PYTHON MEGARL_JOB_DIR MEGARL_JOB=$id-$$ MASTER_ADDR=${master%:*} LOCAL_WORLD_SIZE=$ranks
+export PYTHON MEGARL_JOB_DIR MEGARL_JOB_ID=$id-$$ MASTER_ADDR=${master%:*} LOCAL_WORLD_SIZE=$ranks
 export MEGARL_NODE=${MEGARL_NODE:-$(hostname)}
 source "$launch/environment.sh" || exit 2
 trap 'rm -rf "$MEGARL_SCRATCH"' EXIT
