@@ -25,17 +25,18 @@ fi
 default TOKENIZERS_PARALLELISM false
 default PYTHONUNBUFFERED 1
 
-# temporary files and what is compiled: on the node's own disk, in one folder that goes with the job
-default MEGARL_SCRATCH "${TMPDIR:-/tmp}/megarl-${MEGARL_JOB:-$$}"
+# temporary files: in one folder on the node that goes with the job; what is compiled stays on the node for the next start
+default MEGARL_SCRATCH "${TMPDIR:-/tmp}/megarl-${MEGARL_JOB_ID:-$$}"
 mkdir -p "$MEGARL_SCRATCH" || return 2
-default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/torchinductor_$(id -u)"
-default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/triton_$(id -u)"
+compiled=${TMPDIR:-/tmp}
+default TORCHINDUCTOR_CACHE_DIR "$compiled/torchinductor_$(id -u)"
+default TRITON_CACHE_DIR "$compiled/triton_$(id -u)"
 export TMPDIR=$MEGARL_SCRATCH
 
 # vLLM: the address for engines that span nodes; its allocator for sleep and PyTorch's expandable segments exclude each other
 default VLLM_HOST_IP "$MEGARL_ADDRESS"
 default VLLM_NO_USAGE_STATS 1
-default VLLM_CACHE_ROOT "$MEGARL_SCRATCH/vllm"
+default VLLM_CACHE_ROOT "$compiled/vllm_$(id -u)" # which models it knows costs a minute to find out, and homes are shared
 case ${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-}} in
 *expandable_segments:True*) echo "warning: expandable_segments: vLLM cannot sleep with it; unset PYTORCH_ALLOC_CONF" >&2 ;;
 esac

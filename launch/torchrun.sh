@@ -30,7 +30,7 @@ shift
 : "${PYTHON:=python3}" "${MEGARL_JOB_DIR:=runs/launch/$id}"
 [ -n "$ranks" ] || ranks=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [ "$ranks" -gt 0 ] || ranks=1
-export PYTHON MEGARL_JOB_DIR MEGARL_JOB=$id-$$ MASTER_ADDR=${master%:*} LOCAL_WORLD_SIZE=$ranks
+export PYTHON MEGARL_JOB_DIR MEGARL_JOB_ID=$id-$$ MASTER_ADDR=${master%:*} LOCAL_WORLD_SIZE=$ranks
 export MEGARL_NODE=${MEGARL_NODE:-$(hostname)}
 source "$launch/environment.sh" || exit 2
 trap 'rm -rf "$MEGARL_SCRATCH"' EXIT
@@ -51,17 +51,23 @@ for number in TERM USR1 INT HUP; do
     trap "hand_on $number" $number
 done
 
-# An agent whose first node is out of reach waits for it again and again, long after its ranks have ended.
+# An agent whose first node is out of reach asks for it again and again, long after its ranks have failed. One whose ranks
+# are done waits up to five minutes for those of the other nodes.
 end_idle() {
-    local seen=no idle=0 most=$((${MEGARL_IDLE_SECONDS:-20} + ($2 > 0 ? join_seconds : 0)))
+    local idle=0 failed=no most child status
     while kill -0 "$1" 2>/dev/null; do
         sleep 1
-        # shellcheck disable=SC2046
-        if grep -qs '^State:.[^Z]' $(sed 's|[0-9][0-9]*|/proc/&/status|g' /proc/"$1"/task/*/children 2>/dev/null) /dev/null; then
-            seen=yes idle=0
-        elif [ $seen = yes ] && [ $((idle += 1)) -gt $most ]; then
-            kill -KILL "$1" 2>/dev/null
-        fi
+        idle=$((idle + 1))
+        for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+            status=$(sed 's/.*) //' "/proc/$child/stat" 2>/dev/null) || continue
+            case $status in # the first word is its state, the last its exit code, once it has one
+            Z*" 0") ;;
+            Z*) failed=yes ;;
+            *) idle=0 failed=no ;;
+            esac
+        done
+        most=$([ "$failed $2" = "yes 0" ] && echo "${MEGARL_IDLE_SECONDS:-20}" || echo $((330 + join_seconds)))
+        [ $idle -le $most ] || kill -KILL "$1" 2>/dev/null
     done
 }
 

@@ -39,6 +39,14 @@ class Job:
         self.number = re.match(r"job (\d+): ", done.stdout)[1]
         self.output = Path(re.search(r"output (\S+)", done.stdout)[1])
 
+    @classmethod
+    def of_array(cls, job: Job, task: int) -> Job:
+        """A task of an array job."""
+        one = cls.__new__(cls)
+        one.cluster, one.number = job.cluster, f"{job.number}_{task}"
+        one.output = job.output.with_name(f"{one.number}.out")
+        return one
+
     @property
     def state(self) -> str:
         return self.cluster.job(self.number)["JobState"]

@@ -68,7 +68,12 @@ def test_before_its_time_limit_a_job_saves_and_requeues_and_a_cancelled_one_does
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, warm: Project, tmp_path: Path) -> None:
     run_dir = tmp_path / "sweep"
     job = Job(cluster, warm.config, f"run_dir={run_dir}", "--run", "sft", "--ranks-per-node", 2, "--sweep", "seed=3,4")
+    second = Job.of_array(job, 1)
+    job.until(lambda: (run_dir / "seed=4/sft/checkpoints").exists())
+    assert cluster.run("scancel", "--batch", "--signal=USR1", second.number).returncode == 0
+    second.until_requeued(1)
     job.until(lambda: len(job.states()) == 2 and set(job.states()) == {"COMPLETED"}, 200)
+    assert "sft: stopped by USR1; requeued" in second.said() and "sft: resumed after step" in second.said()
     assert sorted(path.name for path in run_dir.iterdir()) == ["launch", "seed=3", "seed=4"]
     assert differences(run_dir / "seed=3/sft", warm.run / "sft") == [], "the project's own seed is 3"
     assert differences(run_dir / "seed=4/sft", warm.run / "sft") != []

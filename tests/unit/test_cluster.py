@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,3 +209,32 @@ def test_a_node_that_refuses_a_connection_is_not_lost() -> None:
         listening.bind(("127.0.0.1", 0))
         nodes = {"here": {"address": "127.0.0.1", "ranks": [0]}, "there": {"address": "127.0.0.1", "ranks": [1]}}
         assert lost(nodes, "here") == []
+
+
+def test_without_slurm_a_script_is_shown_but_nothing_is_submitted(tmp_path: Path) -> None:
+    config = LAUNCH.parent / "configs/cpu/quickstart.yaml"
+    command = [sys.executable, "-m", "megarl", "launch", "slurm", str(config), f"run_dir={tmp_path}/run", "--nodes", "2"]
+    (tmp_path / "bin").mkdir()
+    env = {**os.environ, "PATH": str(tmp_path / "bin"), "PYTHONPATH": str(LAUNCH.parent)}
+    done = subprocess.run([*command, "--run", "sft"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: sinfo: not installed here; submit from a login node, or see the script with --dry-run\n"
+    done = subprocess.run([*command, "--run", "sft", "--dry-run"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in done.stdout
+    assert done.stderr.startswith("note: not held against a cluster: sinfo: not installed here")
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"nodes": 2}, "--master 127.0.0.1: the other nodes cannot reach it"),
+        ({"master": "host:x"}, "--master host:x: x is no port"),
+        ({"nodes": 3, "ranks_per_node": 1, "master": "n1"}, "--nodes 3 x --ranks-per-node 1 = 3 ranks: "),
+    ],
+)
+def test_torchrun_with_what_cannot_work_is_refused(options: dict, line: str, tmp_path: Path) -> None:
+    from megarl.cluster.command import launch_torchrun
+
+    with pytest.raises(BadInput, match=line):
+        launch_torchrun(LAUNCH.parent / "configs/cpu/quickstart.yaml", [f"run_dir={tmp_path}/run"], run="sft", **options)
