@@ -25,6 +25,7 @@ from megarl.launcher import Place
 from tests.e2e.program import without_clocks
 
 ROOT = Path(__file__).resolve().parents[2]
+WARM = "tests.faults.warm_program"
 MARK = "MEGARL_TEST_FAULTS"  # in the environment of everything a run starts
 
 
@@ -72,7 +73,7 @@ class Run:
             with suppress(OSError):
                 environ = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
                 words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-                if f"RANK={number}".encode() in environ and b"megarl" in words and is_running(process):
+                if f"RANK={number}".encode() in environ and {b"megarl", WARM.encode()} & {*words} and is_running(process):
                     return None if process in self.ended else process
         return None
 
@@ -197,12 +198,15 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def command(part: str, config: Path, overrides: list[str], torchrun: int = 0) -> list[str]:
-    """`megarl sft|train CONFIG ...`, by the local launcher, or with this many restarts by torchrun."""
+def command(part: str, config: Path, overrides: list[str], torchrun: int = 0, warm: bool = False) -> list[str]:
+    """`megarl sft|train CONFIG ...`, by the local launcher, or with this many restarts by torchrun.
+
+    `warm`: by a launcher whose ranks are forks.
+    """
     name = {"sft": "sft", "rl": "train"}[part]
     arguments = [name, str(config), *overrides]
     if not torchrun:
-        return [sys.executable, "-m", "megarl", *arguments]
+        return [sys.executable, "-m", WARM if warm else "megarl", *arguments]
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*runner, "--max-restarts", str(torchrun), "--monitor-interval", "0.5", "-m", "megarl", *arguments]
 
