@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -85,10 +86,18 @@ class Run:
         process = self.rank(rank)
         if process is None:
             return None
+        if not self._has_said(rank, process):
+            return None
         self.ended |= {one for one in map(self.rank, range(self.ranks)) if one is not None}
         place = self.place(rank)
         os.kill(process, number)
         return Kill(f"rank {rank}", place, number.name)
+
+    def _has_said(self, rank: int, process: int) -> bool:
+        """Whether a rank's place is its own: torchrun leaves there where the rank before it was."""
+        with suppress(OSError, psutil.NoSuchProcess):
+            return Place.path(self.part_dir / "logs", rank).stat().st_mtime >= psutil.Process(process).create_time()
+        return False
 
     def end(self, timeout: float) -> int:
         try:
@@ -131,6 +140,7 @@ def kill_at(run: Run, phase: str, after_step: int, rank: int, delay: float, time
             time.sleep(delay)
             if (kill := run.kill(rank)) is not None:
                 return kill
+            time.sleep(0.1)
         time.sleep(0.002)
     return None
 

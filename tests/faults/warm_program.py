@@ -18,7 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 PR_SET_MM, PR_SET_MM_MAP, NO_FILE = 35, 14, 0xFFFFFFFF
-PARTS = {"sft": ["megarl.trainers.sft"], "train": ["megarl.trainers.rl", "vllm"]}
+BOTH = ["reasoning_gym", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers",
+        "transformers.models.qwen2.tokenization_qwen2", "transformers.masking_utils"]  # fmt: skip
+ENGINE = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3_moe"]
+PARTS = {"sft": ["megarl.trainers.sft", *BOTH], "train": ["megarl.trainers.rl", *BOTH, *ENGINE]}
 _kept: list[Any] = []  # what the kernel reads an environment from
 
 
@@ -96,7 +99,7 @@ def main() -> None:
     from megarl.platform import vllm_patches
 
     platform.setup()
-    if "vllm" in PARTS[sys.argv[1]]:
+    if sys.argv[1] == "train":
         for key, value in vllm_patches.environment().items():
             os.environ.setdefault(key, value)
     for name in PARTS[sys.argv[1]]:
