@@ -30,6 +30,11 @@ PHASES = {
            "checkpoint", "checkpoint", "between phases"],
 }  # fmt: skip
 KILLS_PER_RUN = 10
+FOUND = [
+    "- 2026-11-29: ranks that torchrun had started again read the addresses of the ranks before them in torchrun's store, "
+    "which lives as long as torchrun, and waited for them for ever (`megarl/parallel.py`; a test: "
+    "`test_ranks_that_torchrun_starts_again_meet_each_other`). Both of the first two runs under torchrun hung.",
+]
 SAVES = ["checkpoint.async_save=false", "checkpoint.async_save=true"]
 TIMEOUT = 240.0
 
@@ -189,6 +194,7 @@ def _write_table() -> None:
         for kill in run["kills"]
     )
     lines += [f"| {place} | {count} |" for place, count in sorted(places.items())]
+    lines += ["", "## Found and fixed", "", *FOUND]
     lines += ["", *(f"- run {runs.index(run)}, {run['part']}: {run['differences'] or run['left']}" for run in bad)]
     TABLE.write_text("\n".join(lines).rstrip() + "\n")
 
