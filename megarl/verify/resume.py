@@ -96,7 +96,7 @@ def _run(cfg: Config, arm: Arm, part: str, start: int, command: Sequence[str]) -
 
 def _smaller(cfg: Config, steps: int, scratch: Path) -> tuple[Config, str]:
     """The config on `steps` steps of small batches, and what is said of its model."""
-    changes: dict[str, Any] = {"eval": cfg.eval.model_copy(update={"data": []}), "study": None}
+    changes: dict[str, Any] = {"eval": cfg.eval.model_copy(update={"data": [], "every": 0}), "study": None}
     for name in PARTS:
         section = getattr(cfg, name)
         if section is not None:

@@ -103,6 +103,7 @@ def stepped_during_a_save(path: str, folder: str, parallel: dict[str, Any]) -> d
         checkpoint.Save.write = write
         go.set()
     checkpointer.finish()
+    out["written"] = sorted(file.stat().st_size for file in Path(folder).glob("step_*/shards/*.distcp"))
     out["stepped"] = digest(policy)
     checkpointer.load_latest()
     out["restored"] = digest(policy)

@@ -65,6 +65,11 @@ def test_a_step_taken_during_a_save_is_not_in_it(saved):
         assert rank["restored"] == rank["saved"] != rank["stepped"]
 
 
+def test_ranks_with_the_same_weights_share_the_writing(saved):
+    least, most = saved[2]["stepped_during_a_save"][0]["written"]
+    assert most < 1.3 * least
+
+
 def test_a_save_that_fails_on_one_rank_ends_the_run_on_all_and_leaves_the_last_one(saved):
     for rank in saved[2]["failing_on_one_rank"]:
         for how in ("waiting", "behind"):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -25,6 +26,7 @@ from megarl.launcher import Place
 from tests.e2e.program import without_clocks
 
 ROOT = Path(__file__).resolve().parents[2]
+WARM = "tests.faults.warm_program"
 MARK = "MEGARL_TEST_FAULTS"  # in the environment of everything a run starts
 
 
@@ -72,7 +74,7 @@ class Run:
             with suppress(OSError):
                 environ = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
                 words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-                if f"RANK={number}".encode() in environ and b"megarl" in words and is_running(process):
+                if f"RANK={number}".encode() in environ and {b"megarl", WARM.encode()} & {*words} and is_running(process):
                     return None if process in self.ended else process
         return None
 
@@ -84,10 +86,18 @@ class Run:
         process = self.rank(rank)
         if process is None:
             return None
+        if not self._has_said(rank, process):
+            return None
         self.ended |= {one for one in map(self.rank, range(self.ranks)) if one is not None}
         place = self.place(rank)
         os.kill(process, number)
         return Kill(f"rank {rank}", place, number.name)
+
+    def _has_said(self, rank: int, process: int) -> bool:
+        """Whether a rank's place is its own: torchrun leaves there where the rank before it was."""
+        with suppress(OSError, psutil.NoSuchProcess):
+            return Place.path(self.part_dir / "logs", rank).stat().st_mtime >= psutil.Process(process).create_time()
+        return False
 
     def end(self, timeout: float) -> int:
         try:
@@ -130,6 +140,7 @@ def kill_at(run: Run, phase: str, after_step: int, rank: int, delay: float, time
             time.sleep(delay)
             if (kill := run.kill(rank)) is not None:
                 return kill
+            time.sleep(0.1)
         time.sleep(0.002)
     return None
 
@@ -197,12 +208,15 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def command(part: str, config: Path, overrides: list[str], torchrun: int = 0) -> list[str]:
-    """`megarl sft|train CONFIG ...`, by the local launcher, or with this many restarts by torchrun."""
+def command(part: str, config: Path, overrides: list[str], torchrun: int = 0, warm: bool = False) -> list[str]:
+    """`megarl sft|train CONFIG ...`, by the local launcher, or with this many restarts by torchrun.
+
+    `warm`: by a launcher whose ranks are forks.
+    """
     name = {"sft": "sft", "rl": "train"}[part]
     arguments = [name, str(config), *overrides]
     if not torchrun:
-        return [sys.executable, "-m", "megarl", *arguments]
+        return [sys.executable, "-m", WARM if warm else "megarl", *arguments]
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*runner, "--max-restarts", str(torchrun), "--monitor-interval", "0.5", "-m", "megarl", *arguments]
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
+from megarl.algorithms import PRESETS
+from megarl.async_save import BACKEND
+from megarl.checkpoint import CheckpointingConfig, save_config
+from megarl.config import dump_config, load_config
 from megarl.config.schema import Config
 from megarl.errors import BadInput, RunFailed
 from megarl.verify.resume import Arm, _compare, _expect, _rows, _smaller, verify_resume
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs/cpu/quickstart.yaml"
 CONFIG = {
     "model": {"path": "none", "generate": {"num_layers": 1}},
     "sft": {"data": [{"type": "reasoning_gym", "task": "chain_sum"}], "batch_size": 64},
@@ -48,6 +56,57 @@ def test_the_config_is_made_small_and_otherwise_left(tmp_path):
     assert (small.rl.steps, small.rl.samples_per_prompt, small.rl.data[0].size) == (4, 2, 12)  # already smaller
     assert (small.rollout.max_response_tokens, small.log.wandb, small.eval.data) == (5, None, [])
     assert small.model == cfg.model and small.rl.algorithm == cfg.rl.algorithm and small.parallel == cfg.parallel
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_small_config_is_one_that_the_commands_take(tmp_path, preset):
+    cfg = load_config(QUICKSTART, [f"rl.algorithm={{preset: {preset}}}"])
+    small, _ = _smaller(cfg, 3, tmp_path)
+    (tmp_path / "small.yaml").write_text(dump_config(small))
+    for section in ("sft", "rl"):
+        assert load_config(tmp_path / "small.yaml", require=section).rl.steps == 3
+
+
+def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2"):
+    """What a part of a run leaves, as far as it is compared."""
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    (folder / "rollouts" / "step_000001.jsonl").write_text(json.dumps({"response": answer}) + "\n")
+    checkpoint = folder / "checkpoints" / "step_000001"
+    tensors = {"policy.w": torch.tensor(weights)}
+    dcp.save(tensors, checkpoint_id=checkpoint / "shards", no_dist=True)
+    torch.save({}, checkpoint / "shards" / "common.pt")
+    save_config(CheckpointingConfig(*BACKEND), str(checkpoint / "shards"))
+    owners = {"clock": {"seconds": hash(folder)}, "data": list(state)}
+    (checkpoint / "state.json").write_text(json.dumps({"owners": owners, "config": {"run_dir": str(folder)}}))
+    return folder
+
+
+@pytest.fixture
+def one_rank():
+    yield
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({}, None),
+        ({"state": (1, 3)}, r"state.json: owners: data\[1\]: 2 without a stop, 3 resumed"),
+        ({"weights": (1.0, 2.0000002)}, "after the last step policy.w differs"),
+        ({"answer": "3"}, r"rollouts/step_000001.jsonl\[0\]: response: '2' without a stop, '3' resumed"),
+    ],
+)
+def test_every_kind_of_difference_is_found(tmp_path, changed, said):
+    straight, stopped = part(tmp_path / "a" / "run" / "rl"), part(tmp_path / "b" / "run" / "rl", **changed)
+    if said is None:
+        assert _compare(straight, stopped).startswith("1 steps of metrics, 1 tensors of weights and optimizer")
+    else:
+        with pytest.raises(RunFailed, match=said):
+            _compare(straight, stopped)
 
 
 def test_what_cannot_be_resumed_is_refused():
