@@ -96,7 +96,8 @@ def buffer_bytes(plan: SyncPlan, rank: int, is_cpu: bool) -> int:
         key = _kind(plan, block, rank)
         if key not in sizes:
             received = sum(message_bytes(p) for sender, p in plan.incoming(number, rank).items() if sender != rank)
-            distinct = {r % plan.engine.ranks: message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
+            same = 1 if plan.whole else plan.engine.ranks  # receivers that get the same message
+            distinct = {r % same: message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
             sizes[key] = received, sum(distinct.values())
         found.append(sizes[key])
     if is_cpu:  # windows hold what is sent: even blocks before odd ones

@@ -122,8 +122,8 @@ class Exchange:
         return sum(_aligned(message_bytes(runs)) for runs in distinct.values())
 
     def _same(self, receiver: int) -> int:
-        """Receivers with the same number host the same and get the same buffer."""
-        return receiver % self.plan.engine.ranks
+        """Receivers with the same number host the same and get the same buffer; of full tensors all do."""
+        return 0 if self.plan.whole else receiver % self.plan.engine.ranks
 
     def _settle(self, half: int) -> None:
         """Wait until nobody needs this half of the window and of the messages."""
