@@ -10,6 +10,7 @@ from megarl.config.schema import Config
 from megarl.models.spec import ModelSpec
 from megarl.platform import cpu, cuda
 from megarl.rollout.engine_shards import VOCAB, VOCAB_PADDING
+from megarl.rollout.exchange import message_key
 from megarl.rollout.sync_plan import ITEM_BYTES, SyncPlan, message_bytes
 
 STACKED = re.compile(r"\.experts\.[a-z_]+$")  # all experts of a layer in one tensor, as gpt-oss has them
@@ -96,8 +97,7 @@ def buffer_bytes(plan: SyncPlan, rank: int, is_cpu: bool) -> int:
         key = _kind(plan, block, rank)
         if key not in sizes:
             received = sum(message_bytes(p) for sender, p in plan.incoming(number, rank).items() if sender != rank)
-            same = 1 if plan.whole else plan.engine.ranks  # receivers that get the same message
-            distinct = {r % same: message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
+            distinct = {message_key(plan, r, p): message_bytes(p) for r, p in plan.outgoing(number, rank).items()}
             sizes[key] = received, sum(distinct.values())
         found.append(sizes[key])
     if is_cpu:  # windows hold what is sent: even blocks before odd ones

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -118,12 +118,8 @@ class Exchange:
             self.shared.hear(rank, topic)
 
     def _window_bytes(self, block: Exchanged) -> int:
-        distinct = {self._same(receiver): runs for receiver, runs in block.outgoing.items()}
+        distinct = {message_key(self.plan, receiver, runs): runs for receiver, runs in block.outgoing.items()}
         return sum(_aligned(message_bytes(runs)) for runs in distinct.values())
-
-    def _same(self, receiver: int) -> int:
-        """Receivers with the same number host the same and get the same buffer; of full tensors all do."""
-        return 0 if self.plan.whole else receiver % self.plan.engine.ranks
 
     def _settle(self, half: int) -> None:
         """Wait until nobody needs this half of the window and of the messages."""
@@ -158,7 +154,7 @@ class Exchange:
         operations, packed, at = [], {}, half * self.middle
         for receiver, runs in block.outgoing.items():
             shared, size = receiver in self.shared, message_bytes(runs)
-            key = self._same(receiver), shared
+            key = message_key(self.plan, receiver, runs), shared
             if key not in packed:
                 buffer = self.shared.windows[self.mesh.rank][at : at + size] if shared else _empty(size)
                 for run, place in zip(runs, _places(runs, buffer), strict=True):
@@ -202,6 +198,15 @@ class Message(NamedTuple):
 
     buffer: Tensor
     work: dist.Work
+
+
+def message_key(plan: SyncPlan, receiver: int, pieces: Iterable[Piece | Run]) -> Hashable:
+    """What a rank sends to two receivers is the same where this is: they host the same, and get the same parameters of it.
+
+    Ranks that host the same need not get all of it from the same ranks: each has the nearest holder of every shard.
+    """
+    sources = (piece.first.entry.source if isinstance(piece, Run) else piece.entry.source for piece in pieces)
+    return 0 if plan.whole else receiver % plan.engine.ranks, tuple(dict.fromkeys(sources))
 
 
 def _empty(size: int) -> Tensor:

@@ -18,6 +18,7 @@ from megarl import platform
 from megarl.config.schema import Generate, Parallel
 from megarl.models.generate import spec_of
 from megarl.rollout.engine_shards import EngineDegrees
+from megarl.rollout.exchange import message_key
 from megarl.rollout.learner_shards import LearnerLayout, layer_stages
 from megarl.rollout.sync_plan import SyncPlan, message_bytes
 
@@ -212,3 +213,17 @@ def test_a_thousand_ranks_share_the_sending_and_none_holds_the_model():
         sizes = [sum(shares.values()) for shares in plan.shares(index)]
         assert max(a + b for a, b in itertools.pairwise(sizes)) < plan.bytes / 32  # two blocks are held at once
     assert sent.max() < 2 * sent.mean() and time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_packed_once_for_several_receivers_is_the_same_for_all(whole):
+    """Two ranks that host the same get different parts of it from one sender, where each has another holder nearer."""
+    learner = LearnerLayout.of(Parallel(tp=2, pp=2, ep=4), 32, 4)
+    plan, different = SyncPlan(SPEC, "bfloat16", learner, EngineDegrees(2), whole), 0
+    for rank, block in itertools.product(range(32), range(len(plan.blocks))):
+        packed, by_index = {}, {}
+        for receiver, pieces in plan.outgoing(block, rank).items():
+            assert packed.setdefault(message_key(plan, receiver, pieces), pieces) == pieces
+            different += by_index.setdefault(receiver % 2, pieces) != pieces
+        assert not whole or len(packed) <= 3  # not one for each rank of an engine
+    assert different > 10

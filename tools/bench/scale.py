@@ -2,8 +2,9 @@
 
     .venv/bin/python tools/bench/scale.py --svg tools/bench/results/scale.svg
 
-Prints the tables of results/scale.md. The times are those of `megarl.plan.seconds` on H100s for the recipes of configs/recipes. The syncs are simulated with the
-plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank may hold a whole model at any time.
+Prints the tables of results/scale.md. The times are those of `megarl.plan.seconds` on H100s for the recipes of
+configs/recipes. The syncs are simulated with the plan that a run executes (`megarl.rollout.sync_plan`), rank by rank; no rank
+may hold a whole model at any time.
 """
 
 from __future__ import annotations
