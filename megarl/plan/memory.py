@@ -205,10 +205,10 @@ def _rank(
     policy = found["policy"]
     layers = [number for chunk in policy.layers for number in chunk]
     is_last = stage == cfg.parallel.pp - 1
-    kept = {
-        name: most_kept([replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name}))], policy.layers, stage, rows)
-        for name in ("none", "selective", "full")
-    }
+    kept = {}
+    for name in ("none", "selective", "full"):
+        other = replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name}))
+        kept[name] = most_kept([other], policy.layers, stage, rows)
     training = kept[cfg.parallel.recompute] + acting.transient(layers, is_last)
     scoring = acting.forward(layers, is_last)
     def here(size: float) -> Bytes:

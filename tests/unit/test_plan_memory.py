@@ -14,7 +14,7 @@ from megarl import platform
 
 platform.setup()
 
-from megarl.config.schema import Config, Generate, Memory, Model, Optimizer, Parallel, RL, Rollout  # noqa: E402
+from megarl.config.schema import RL, Config, Generate, Memory, Model, Optimizer, Parallel, Rollout  # noqa: E402
 from megarl.convert import read_spec  # noqa: E402
 from megarl.data import micro_batches  # noqa: E402
 from megarl.learner.optimizer import init_state  # noqa: E402
@@ -35,9 +35,9 @@ SMALL = Generate(hidden_size=64, num_layers=4, num_heads=8, num_kv_heads=4, head
 LENGTHS = (3, 5, 70, 17, 64, 9, 41, 28)
 
 
-def config(parallel=Parallel(), dtype="float32", gen=SMALL, **sections) -> Config:
+def config(parallel=None, dtype="float32", gen=SMALL, **sections) -> Config:
     rl = RL(data=[], micro_batch_tokens=512, max_prompt_tokens=64)
-    given = dict(model=Model(path="nowhere", generate=gen, dtype=dtype), parallel=parallel, rl=rl)
+    given = dict(model=Model(path="nowhere", generate=gen, dtype=dtype), parallel=parallel or Parallel(), rl=rl)
     return Config(**given | {"rollout": Rollout(max_response_tokens=128)} | sections)
 
 

@@ -160,7 +160,7 @@ def measure(config: dict[str, Any], lengths: list[int], prompts: list[int]) -> d
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         assert policy.train_step(packed, loss).applied
     rows = [
-        {"lengths": micro.batch.lengths.tolist(), "scored": int(((micro.targets >= 0).sum())),
+        {"lengths": micro.batch.lengths.tolist(), "scored": int((micro.targets >= 0).sum()),
          "masked": int(micro.batch.response_mask.sum()), "tokens": micro.tokens.numel()}
         for micro in packed
     ]  # fmt: skip
