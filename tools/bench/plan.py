@@ -146,7 +146,8 @@ def write(path: Path, rows: list[tuple[str, str, float, float]]) -> None:
         "## Bytes and communication, measured and predicted", "",
         f"    {' '.join(['python', 'tools/bench/plan.py', *sys.argv[1:]])}", "",
         f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} CPU cores, {versions}. "
-        f"{len({row[0] for row in rows})} layouts, {len(rows)} figures, in bytes a rank. Worst error {error(worst):.1%}: {worst[1]} in layout {worst[0]}.", "",
+        f"{len({row[0] for row in rows})} layouts, {len(rows)} figures, in bytes a rank. Worst error {error(worst):.1%}: "
+        f"{worst[1]} in layout {worst[0]}.", "",
         "| layout | what | measured | predicted | error |", "|---|---|---|---|---|",
     ]  # fmt: skip
     path.write_text("\n".join([*head, *map(line, rows)]) + "\n")
