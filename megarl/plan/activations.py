@@ -129,14 +129,14 @@ class Activations:
         copies = row.copies if is_torch else True
         queries, keys = (row.queries[window], row.keys[window]) if is_torch else (row.tokens, row.tokens)
         kept = 0.0
-        if spec.qk_norm != "none" or not copies:  # otherwise nothing needs the projection's own output
+        if spec.qk_norm == "head" or not copies:  # otherwise nothing needs the projection's own output
             kept += row.tokens * width * d * b
         if spec.qk_norm == "head":
             kept += row.tokens * (heads + groups) * max(4, b)
             if b == 2 and is_torch:  # in float32, and what the norm gives
                 kept += row.tokens * (heads + groups) * d * 6
         elif spec.qk_norm == "all":
-            kept += 2 * row.tokens * (heads + groups) * d * max(4, b)
+            kept += row.tokens * (2 * (heads + groups) * d * max(4, b) + 16)  # before and after the division by the norm
         kept += 2 * queries * heads * d * b + keys * groups * d * b + queries * heads * max(4, b)
         kept += keys * groups * d * b if copies else 0.0
         if is_torch:
@@ -165,6 +165,7 @@ class Activations:
             return kept + 5 * self.row.tokens * spec.intermediate_size / tp * b  # gate and up, silu, up, product
         if spec.shared_width:
             kept += 5 * self.row.tokens * spec.shared_width / tp * b
+            kept += self.wide + 16 * self.s if spec.shared_gate else 0.0  # what the gate scales, and its own numbers
         return kept + self._router() + self._experts()
 
     @property

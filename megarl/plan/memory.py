@@ -24,7 +24,7 @@ from megarl.rollout.sync_plan import SyncPlan
 Bytes = tuple[float, float]  # on the device, on the host
 # as in the memory ledger of a run, and what it does not see
 OWNERS = (
-    "policy_weights", "policy_gradients", "policy_optimizer", "critic", "reference", "reward_model", "activations",
+    "policy_weights", "policy_gradients", "policy_optimizer", "critic", "reference", "reward_model", "activations", "fp8_copies",
     "engine_weights", "engine_kv_cache", "engine_workspace", "sync_buffers", "checkpoint_copy",
 )  # fmt: skip
 LEDGER = {"rollout": "rollout", "sync": "sync", "old_log_probs": "log_probs", "update": "update"}  # a run's names
@@ -205,15 +205,20 @@ def _rank(
     policy = found["policy"]
     layers = [number for chunk in policy.layers for number in chunk]
     is_last = stage == cfg.parallel.pp - 1
-    kept = {
-        name: most_kept([replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name}))], policy.layers, stage, rows)
-        for name in ("none", "selective", "full")
-    }
+    kept = {}
+    for name in ("none", "selective", "full"):
+        other = replace(acting, parallel=cfg.parallel.model_copy(update={"recompute": name}))
+        kept[name] = most_kept([other], policy.layers, stage, rows)
     training = kept[cfg.parallel.recompute] + acting.transient(layers, is_last)
     scoring = acting.forward(layers, is_last)
-
     def here(size: float) -> Bytes:
         return (0.0, size) if is_cpu else (size, 0.0)
+
+    # Transformer Engine keeps every linear's weight in FP8 twice, by rows and by columns, from a step's first micro-batch
+    # on; of the embedding, which has none, it is counted too
+    copies = 2 * policy.weights / acting.item if cfg.model.fp8 != "none" and acting.provider == "te" else 0.0
+    forward = {"activations": here(scoring), "fp8_copies": here(copies)}
+    backward = {"activations": here(training), "fp8_copies": here(copies)}
 
     def parked(size: float, leaves: bool, forgotten: bool = False) -> Bytes:
         """`leaves`: to the host, or away with what is forgotten."""
@@ -252,8 +257,8 @@ def _rank(
     phases = {
         "rollout": learner(False, False) | sampler(0),
         "sync": learner(False, False) | waking | {"sync_buffers": here(buffer_bytes(plan, rank, is_cpu))},
-        "old_log_probs": learner(True, False, referring=True) | sampler(level) | {"activations": here(scoring)},
-        "update": learner(True, True) | sampler(level) | {"activations": here(training)},
+        "old_log_probs": learner(True, False, referring=True) | sampler(level) | forward,
+        "update": learner(True, True) | sampler(level) | backward,
         "checkpoint": learner(True, True) | sampler(min(level, 1)) | {"checkpoint_copy": (0.0, copied)},
     }
     ordered = {
@@ -286,7 +291,8 @@ def estimate(
         layers = layout.stage_layers(stage)
         kept = most_kept([acting], [layers], stage, rows.micro_batches) + acting.transient(layers, stage == p.pp - 1)
         away = cfg.rl.optimizer.cpu_offload
-        most = max(most, trained * (weights + gradients + (0 if away else states)) + kept)
+        copies = 2 * (dense + experts) if cfg.model.fp8 != "none" and provider_of(cfg, is_cpu) == "te" else 0
+        most = max(most, trained * (weights + gradients + (0 if away else states)) + kept + copies)
         left = 0 if cfg.memory.param_offload else weights
         left += 0 if cfg.memory.grad_offload in (None, True) else gradients
         left += 0 if cfg.memory.optimizer_offload or away else states

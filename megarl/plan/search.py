@@ -14,7 +14,7 @@ from megarl.errors import BadInput
 from megarl.plan.hardware import GIB, Hardware
 from megarl.plan.memory import MemoryPlan, estimate, plan_memory, spec_of_config
 from megarl.plan.seconds import old_log_probs, rollout, update
-from megarl.plan.shape import ModelShape, Rows, Workload
+from megarl.plan.shape import ACTIVATION_BYTES, ModelShape, Rows, Workload
 from megarl.plan.volume import layout_of
 
 MOST_GPUS = 4096
@@ -238,7 +238,10 @@ def smallest_world(
 ) -> tuple[int, Found] | None:
     """The fewest ranks on which some layout fits, of whole nodes in powers of two and half way between."""
     sizes = {2**i for i in range(13)} | {3 * 2**i for i in range(3, 11)}
-    for count in sorted(size for size in sizes if size <= MOST_GPUS):
+    shape = ModelShape.of(spec_of_config(cfg))
+    # weights and float32 gradients are on some rank each: on fewer ranks no layout can fit
+    least = shape.parameters * (ACTIVATION_BYTES[cfg.model.dtype] + 4) / hardware.memory_bytes
+    for count in sorted(size for size in sizes if least <= size <= MOST_GPUS):
         found = search(cfg, count, hardware, work, most=1, reserve=reserve)
         if found:
             return count, found[0]

@@ -143,7 +143,7 @@ def write_page(plan: Plan, path: Path, source: Path) -> None:
     memory = plan.memory
     bars = [_memory_bars(memory), _time_bars(plan.times), _volume_bars(plan)]
     charts = "".join(render_bars(panel) for panel in bars if panel.rows)
-    table = f'<div class="card"><pre>{escape(render_table(plan, str(source)))}</pre></div>'
+    table = f"<details open><summary>As printed</summary><pre>{escape(render_table(plan, str(source)))}</pre></details>"
     verdict = memory.problem or "fits"
     header = (
         f'<div class="name"><h1>{escape(source.stem)} on {memory.world} x {escape(memory.hardware.name)}</h1></div>'

@@ -253,10 +253,13 @@ def _data_parallel(layout: Layout, stage: int) -> Iterator[Volume]:
     p = layout.cfg.parallel
     dense, experts = layout.parameters(stage)
     groups = [("dp", dense, layout.dp * p.cp, p.tp), ("edp", experts, layout.edp, p.etp * p.ep)]
+    # experts have an optimizer of their own, and each of the two gathers all parameters after its step
+    times = 2 if experts and not p.overlap_param_gather else 1
     for group, count, ranks, stride in groups:
         if p.distributed_optimizer and layout.cfg.model.dtype != "float64":
             yield Volume("update", group, "gradients", "reduce-scatter", ranks, stride, GRADIENT_BYTES * count, 1)
-            yield Volume("update", group, "parameters", "all-gather", ranks, stride, layout.item * count, 1)
+            gather = Volume("update", group, "parameters", "all-gather", ranks, stride, layout.item * count, 1)
+            yield gather.times(times)
         else:
             size = max(GRADIENT_BYTES, layout.item)
             yield Volume("update", group, "gradients", "all-reduce", ranks, stride, size * count, 1)

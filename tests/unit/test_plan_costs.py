@@ -191,7 +191,10 @@ def test_data_parallel_by_hand(layout):
     }
     experts = SMALL.expert_parameters / 2
     dense = SMALL.parameters - SMALL.expert_parameters
-    assert found["gradients", "reduce-scatter"] == 4 * dense and found["parameters", "all-gather"] == 2 * dense
+    assert found["gradients", "reduce-scatter"] == 4 * dense
+    assert found["parameters", "all-gather"] == 2 * 2 * dense  # once after the step of each of two optimizers
+    late = by(update_volumes(layout(4, ep=2, overlap_grad_reduce="true", overlap_param_gather="true"), 0), "dp")
+    assert late["parameters", "all-gather"] == 2 * dense
     assert found["expert gradients", "reduce-scatter"] == 4 * experts
     whole = by(update_volumes(layout(4, ep=2, distributed_optimizer="false"), 0), "dp")
     assert whole == {("gradients", "all-reduce"): 4 * dense}
@@ -352,3 +355,17 @@ def test_an_unknown_chip_is_refused(tmp_path):
 def test_kinds_of_one_collective_are_added_up():
     one = Volume("update", "tp", "mlp", "all-gather", 2, 1, 10.0, 1)
     assert total([one, one, replace(one, ranks=1), replace(one, payload=0.0)]) == [replace(one, payload=20.0, calls=2)]
+
+
+def test_the_machine_at_hand_is_measured(monkeypatch, tmp_path):
+    """Figures of this processor, in a file that plans: what was reached is the peak, so shares are 1."""
+    from megarl.plan import calibrate
+
+    monkeypatch.setattr(calibrate, "SECONDS", 0.01)
+    monkeypatch.setattr(calibrate, "SIDE", {"cpu": 256})
+    monkeypatch.setattr(calibrate, "MOVED", {"cpu": 1 << 24})
+    found = calibrate.calibrate()
+    found.save(tmp_path / "here.json")
+    assert named(str(tmp_path / "here.json")) == found and found.name == "cpu, 1 rank"
+    assert 1e9 < found.flops["float32"] < 1e14 and 1e8 < found.memory_bandwidth < 1e13 and found.memory_bytes > 1e9
+    assert found.efficiency.products == found.efficiency.memory == 1.0 and 0 < found.efficiency.experts <= 1

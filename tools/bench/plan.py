@@ -60,8 +60,8 @@ def predict(config: dict[str, Any], world: int, ranks: list[dict[str, Any]]) -> 
         for one in mine:
             rows = [Row.of(row["lengths"], p, row["masked"], spec.windows, row["tokens"] * p.cp) for row in one["rows"]]
             acting = [Activations(spec, p, row, 4, "torch", True) for row in rows]
-            # without a pipeline a row is alone
-            kept.append(max(most_kept([a], found.layers, stage) for a in acting) if p.pp == 1 else most_kept(acting, found.layers, stage))
+            runs = [acting] if p.pp > 1 else [[one] for one in acting]  # without a pipeline a row is alone
+            kept.append(max(most_kept(together, found.layers, stage) for together in runs))
         rows = mine[0]["rows"]
         tokens = statistics.mean(row["tokens"] for one in mine for row in one["rows"]) * p.cp
         sequences = statistics.mean(len(row["lengths"]) for row in rows)
@@ -78,9 +78,8 @@ def predict(config: dict[str, Any], world: int, ranks: list[dict[str, Any]]) -> 
 
 def compare(name: str, folder: Path) -> list[tuple[str, str, float, float]]:
     """(layout, what, measured, predicted) of every owner and group, stage by stage."""
-    from tests.dist.harness import run_ranks
-
     from megarl.verify.layouts import step
+    from tests.dist.harness import run_ranks
 
     config, world = config_of(name, folder)
     lengths, prompts = ([n * TIMES for n in found] for found in (step.LENGTHS, step.PROMPTS))
@@ -97,8 +96,6 @@ def compare(name: str, folder: Path) -> list[tuple[str, str, float, float]]:
         for group in sorted(groups):
             measured = statistics.mean(sum(one["sent"].get(group, {}).values()) for one in mine)
             rows.append((name, f"sent over {group}" + where, measured, wanted["sent"].get(group, 0.0)))
-            if os.environ.get("OPS"):
-                print(group, mine[0]["sent"].get(group))
     return rows
 
 
@@ -148,8 +145,9 @@ def write(path: Path, rows: list[tuple[str, str, float, float]]) -> None:
     head = [
         "## Bytes and communication, measured and predicted", "",
         f"    {' '.join(['python', 'tools/bench/plan.py', *sys.argv[1:]])}", "",
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} CPU cores, {versions}. {len({row[0] for row in rows})} layouts, "
-        f"{len(rows)} figures, in bytes a rank. Worst error {error(worst):.1%}: {worst[1]} in layout {worst[0]}.", "",
+        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} CPU cores, {versions}. "
+        f"{len({row[0] for row in rows})} layouts, {len(rows)} figures, in bytes a rank. Worst error {error(worst):.1%}: "
+        f"{worst[1]} in layout {worst[0]}.", "",
         "| layout | what | measured | predicted | error |", "|---|---|---|---|---|",
     ]  # fmt: skip
     path.write_text("\n".join([*head, *map(line, rows)]) + "\n")

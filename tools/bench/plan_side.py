@@ -49,6 +49,8 @@ def _counted(function: Any, size: Any) -> Any:
             name, ranks = "pp", 2
         if name is not None and ranks > 1:
             operation, payload = size(*tensors)
+            if (name, operation) == ("etp", "all-reduce"):  # gloo's stand-in for a reduce-scatter of unequal parts
+                operation = "reduce-scatter"
             factor = {"send": 1.0, "all-reduce": 2 * (ranks - 1) / ranks}.get(operation, (ranks - 1) / ranks)
             found = SENT.setdefault(name, {})
             found[operation] = found.get(operation, 0.0) + payload * factor
@@ -158,7 +160,7 @@ def measure(config: dict[str, Any], lengths: list[int], prompts: list[int]) -> d
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         assert policy.train_step(packed, loss).applied
     rows = [
-        {"lengths": micro.batch.lengths.tolist(), "scored": int(((micro.targets >= 0).sum())),
+        {"lengths": micro.batch.lengths.tolist(), "scored": int((micro.targets >= 0).sum()),
          "masked": int(micro.batch.response_mask.sum()), "tokens": micro.tokens.numel()}
         for micro in packed
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from megarl import platform
 from megarl.config import load_config
 from megarl.plan.hardware import CHIPS, Hardware
-from megarl.plan.seconds import PhaseTime, phase_seconds, step_seconds
+from megarl.plan.seconds import PHASES, PhaseTime, phase_seconds, step_seconds
 from megarl.plan.shape import ModelShape, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def predicted(one: Case) -> tuple[dict[str, PhaseTime], float]:
 def row(one: Case) -> str:
     times, mfu = predicted(one)
     total = step_seconds(times)
-    shares = ", ".join(f"{name.replace('_', ' ')} {times[name].seconds:,.0f}" for name in ("rollout", "old_log_probs", "update"))
+    shares = ", ".join(f"{name.replace('_', ' ')} {times[name].seconds:,.0f}" for name in PHASES[:-1])
     said = [f"{one.seconds:,.0f} s" if one.seconds else "", f"rollout {one.rollout:,.0f} s" if one.rollout else ""]
     said += [f"MFU {one.mfu:.2f}" if one.mfu else ""]
     ratio = f"{one.seconds / total:.1f}" if one.seconds else f"{mfu / one.mfu:.2f} (MFU)" if one.mfu else ""
