@@ -253,13 +253,16 @@ def most_kept(
     p = rows[0].parallel
     is_first, is_last = stage == 0, stage == p.pp - 1
     flying = in_flight(p.pp, len(chunks), stage, micro_batches or len(rows))
-    kept = 0.0
-    for layers, count in zip(chunks, flying, strict=True):
-        kept += sum(rows[min(i, len(rows) - 1)].layer(number) for i in range(count) for number in layers)
-    kept += sum(rows[min(i, len(rows) - 1)].ends(is_first) for i in range(max(flying)))
-    largest = max(rows, key=lambda one: one.row.tokens)
-    layers = [number for layers in chunks for number in layers]
-    return kept + max(largest.head() if is_last else 0, max(map(largest.again, set(layers)), default=0))
+    layers = [number for chunk in chunks for number in chunk]
+    most = 0.0
+    for first in range(max(1, len(rows) - max(flying) + 1)):  # which rows are on their way
+        own = [rows[min(first + i, len(rows) - 1)] for i in range(max(flying))]
+        counted = zip(chunks, flying, strict=True)
+        kept = sum(own[i].layer(number) for chunk, count in counted for i in range(count) for number in chunk)
+        kept += sum(one.ends(is_first) for one in own)
+        largest = max(own, key=lambda one: one.row.tokens)
+        most = max(most, kept + max(largest.head() if is_last else 0, max(map(largest.again, set(layers)), default=0)))
+    return most
 
 
 def in_flight(pp: int, chunks: int, stage: int, micro_batches: int) -> list[int]:
