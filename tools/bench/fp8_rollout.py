@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rollout", choices=PRECISIONS, help="measure this one alone, in this process")
     arguments = parser.parse_args()
     start = warm_start(arguments.folder, arguments.sft_steps)
-    files = {rollout: arguments.folder / f"{rollout}-{arguments.steps}.json" for rollout in PRECISIONS}
+    files = {rollout: arguments.folder / f"{rollout}-{arguments.sft_steps}-{arguments.steps}.json" for rollout in PRECISIONS}
     if arguments.rollout:
         files[arguments.rollout].write_text(json.dumps(measure(start, arguments.rollout, arguments.steps)))
         return
