@@ -66,21 +66,21 @@ end_idle() {
             *) idle=0 failed=no ;;
             esac
         done
-        most=$([ "$failed $2" = "yes 0" ] && echo "${MEGARL_IDLE_SECONDS:-20}" || echo $((330 + join_seconds)))
+        most=$([ $failed = yes ] && echo "${MEGARL_IDLE_SECONDS:-20}" || echo $((330 + join_seconds)))
         [ $idle -le $most ] || kill -KILL "$1" 2>/dev/null
     done
 }
 
-# start NAME RESTARTS MODULE...: torchrun's exit code
+# start NAME MODULE...: torchrun's exit code
 start() {
-    local name=$1 again=$2
-    shift 2
-    "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$again" \
+    local name=$1
+    shift
+    "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0 \
         --rdzv-backend c10d --rdzv-id "$id-$name" --rdzv-endpoint "${master%:*}:$port" --local-addr "$MEGARL_ADDRESS" \
         --rdzv-conf "is_host=$([ "$MEGARL_IS_FIRST" = yes ] && echo 1 || echo 0),join_timeout=$join_seconds" \
         --monitor-interval 1 -m "$@" &
     agent=$!
-    end_idle $agent "$again" &
+    end_idle $agent &
     port=$((port + 1)) # the old one may linger
     until
         wait $agent 2>/dev/null
@@ -92,16 +92,21 @@ start() {
     return $code
 }
 
-code=0
 if [ $check = yes ]; then
-    start check 0 megarl.cluster.node_check || exit $?
+    start check megarl.cluster.node_check || exit $?
 else
     port=$((port + 1))
 fi
-start run "$restarts" megarl "$@" || code=$?
-if [ -n "$got" ]; then
-    exit $((128 + $(kill -l "$got")))
-elif [ $code -ne 0 ] && [ -f "$MEGARL_JOB_DIR/nodes.json" ]; then
-    "$PYTHON" -m megarl.cluster.peers "$MEGARL_JOB_DIR/nodes.json"
-fi
-exit $code
+# Restarts are made here, each a rendezvous of its own: agents that restart on their own accord can meet addresses that an
+# earlier attempt has left in their store, when several nodes fail at slightly different times.
+again=0 code=0
+until start "run-$again" megarl "$@"; do
+    code=$?
+    [ -z "$got" ] || break
+    [ ! -f "$MEGARL_JOB_DIR/nodes.json" ] || "$PYTHON" -m megarl.cluster.peers "$MEGARL_JOB_DIR/nodes.json"
+    [ $again -lt "$restarts" ] || exit $code
+    again=$((again + 1))
+    [ $again -gt 1 ] || set -- "$@" resume=auto
+    echo "starting the ranks again ($again of $restarts)" >&2
+done
+[ -z "$got" ] || exit $((128 + $(kill -l "$got")))

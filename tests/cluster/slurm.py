@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megarl.launcher import _die_with
+
 MARK = "MEGARL_TEST_CLUSTER"
 PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm"}
 
@@ -108,10 +110,12 @@ class Cluster:
         self._daemon(node, "slurmd", "-D", "-N", node)
 
     def _daemon(self, name: str, *command: str) -> None:
+        parent = os.getpid()
         with open(self.folder / f"{name}.out", "ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=lambda: _die_with(parent),
+            )  # fmt: skip
 
     def _until(self, happened: Callable[[], bool], problem: str, timeout: float = 30) -> None:
         deadline = time.monotonic() + timeout

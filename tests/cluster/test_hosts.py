@@ -76,7 +76,7 @@ def test_a_killed_rank_brings_all_hosts_back_to_the_newest_checkpoint(
     two_hosts: Hosts, warm: Project, tmp_path: Path
 ) -> None:
     rows = tmp_path / "run/sft/metrics.jsonl"
-    launched = launch(two_hosts, tmp_path, warm.config, "first", "checkpoint.every=10", "parallel.max_restarts=2", "--no-check")
+    launched = launch(two_hosts, tmp_path, warm.config, "first", "checkpoint.every=10", "parallel.max_restarts=1", "--no-check")
 
     def said() -> str:
         return "".join((tmp_path / f"first.{host}").read_text() for host in range(2))
@@ -86,6 +86,7 @@ def test_a_killed_rank_brings_all_hosts_back_to_the_newest_checkpoint(
         if b"RANK=1" in environ(process):
             os.kill(process, signal.SIGKILL)
     assert [one.wait(200) for one in launched] == [0, 0], said()
+    assert said().count("starting the ranks again (1 of 1)\n") == 2
     assert re.search(r"sft: resumed after step [1-9]0 ", said())
     assert differences(tmp_path / "run/sft", warm.run / "sft") == []
 

@@ -132,6 +132,20 @@ def test_the_scripts_are_bash(tmp_path: Path) -> None:
     assert text.count("--no-check") == 1, "the second command finds nodes that were looked at"
 
 
+def test_a_rank_has_its_environment_from_one_place_and_what_is_set_wins(tmp_path: Path) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP", "OMP_NUM_THREADS", "NCCL_DEBUG", "TMPDIR",
+             "VLLM_CACHE_ROOT")  # fmt: skip
+    script = f"source {LAUNCH}/environment.sh && printenv {' '.join(names)}"
+    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": str(LAUNCH.parent), "TMPDIR": str(tmp_path),
+           "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "1000", "NCCL_DEBUG": "INFO", "MEGARL_JOB_ID": "7"}  # fmt: skip
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True)
+    expected = ["lo", "lo", "127.0.0.1", "1", "INFO", f"{tmp_path}/megarl-7", f"{tmp_path}/vllm_{os.getuid()}"]
+    assert done.stdout.split() == expected
+    assert (tmp_path / "megarl-7").is_dir()
+    done = subprocess.run(["bash", "-c", script], env={**env, "MASTER_ADDR": "no-such.invalid"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no-such.invalid: no way there from "), done
+
+
 def reports(nodes: int, per_node: int, **changes) -> list[Report]:
     """Of nodes that are well: 10 GB/s within and between them."""
     world = nodes * per_node
