@@ -16,6 +16,8 @@ from typing import Any
 from megarl.config import dump_config
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput, RunFailed
+from megarl.rewards.functions import by_checksum
+from megarl.rewards.registry import MODEL
 
 # what differs between two runs that compute the same: clocks, memory, and rates made of them
 CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
@@ -29,6 +31,7 @@ SMALLER = {"batch_size": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "op
 MOST_TOKENS = 16  # of a response
 SMALL_MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 SMALL_MODEL |= {"num_experts": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "top_k": 4}
+REWARD = f"{by_checksum.__module__}:{by_checksum.__name__}"
 ROWS = 40  # of generated data, so that an epoch ends within the steps
 
 
@@ -47,7 +50,8 @@ def verify_resume(cfg: Config, steps: int = STEPS, command: Sequence[str] = (sys
     """Run every part of the config for `steps` steps twice, once without a stop and once with one after each step, and
     compare weights, optimizer state, everything else of the last checkpoint, metrics and trajectories; printed.
 
-    A part runs on smaller batches, and in place of a large model on a random one of its kind. Raises BadInput when the
+    A part runs on smaller batches, in place of a large model on a random one of its kind, and with a reward that tells the
+    responses of a model apart that has learned nothing: equal ones would have no gradient. Raises BadInput when the
     config has no part to run, RunFailed at the first difference or when a run fails; the runs are then kept.
     """
     parts = [name for name in PARTS if getattr(cfg, name) is not None]
@@ -109,6 +113,10 @@ def _smaller(cfg: Config, steps: int, scratch: Path) -> tuple[Config, str]:
     quiet = {"tensorboard": False, "wandb": None, "rollouts_every": 1, "profile_steps": []}
     changes["log"] = cfg.log.model_copy(update=quiet)
     changes["export"] = cfg.export.model_copy(update={"every": 0})
+    if cfg.reward.type != MODEL:
+        other = {"type": REWARD, "params": {}}
+        named = {name: one.model_copy(update=other) for name, one in cfg.reward.named.items()}
+        changes["reward"] = cfg.reward.model_copy(update=other | {"named": named})
     model, title = _model(cfg, scratch)
     return cfg.model_copy(update=changes | {"model": model}), title
 

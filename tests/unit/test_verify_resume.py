@@ -15,6 +15,7 @@ from megarl.checkpoint import CheckpointingConfig, save_config
 from megarl.config import dump_config, load_config
 from megarl.config.schema import Config
 from megarl.errors import BadInput, RunFailed
+from megarl.rewards.functions import by_checksum
 from megarl.verify.resume import Arm, _compare, _expect, _rows, _smaller, verify_resume
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs/cpu/quickstart.yaml"
@@ -65,6 +66,11 @@ def test_the_small_config_is_one_that_the_commands_take(tmp_path, preset):
     (tmp_path / "small.yaml").write_text(dump_config(small))
     for section in ("sft", "rl"):
         assert load_config(tmp_path / "small.yaml", require=section).rl.steps == 3
+
+
+def test_responses_of_a_model_that_learned_nothing_have_different_rewards():
+    scores = {by_checksum("", text, "") for text in ("", "a", "b", "12", "\ud800", "1 2 3 4 5")}
+    assert len(scores) > 2 and all(0 <= score <= 1 for score in scores)
 
 
 def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2"):
