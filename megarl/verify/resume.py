@@ -175,7 +175,7 @@ def _compare(straight: Path, stopped: Path) -> str:
     count = 0
     for name, mine, other in _tensors(*(path / "shards" for path in last)):
         count += 1
-        if mine.shape != other.shape or mine.dtype != other.dtype or mine.tobytes() != other.tobytes():
+        if mine != other:
             raise RunFailed(f"verify resume: after the last step {name} differs: {straight} and {stopped}")
     what = (
         f"{len(rows)} steps of metrics, {count} tensors of weights and optimizer, random generators and data position"
@@ -204,18 +204,35 @@ def _expect(what: str, mine: Any, other: Any, where: Path) -> None:
 
 
 def _tensors(straight: Path, stopped: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(name, numbers of one, numbers of the other) of all tensors of two checkpoints' shards, whole."""
+    """(name, one's, the other's) shape, kind and bytes of every tensor in two checkpoints' shards, whole.
+
+    Raises RunFailed where their other values, such as those of parameter groups, differ.
+    """
     from megarl import platform
 
     platform.setup()
+    import torch
     from megatron.core import dist_checkpointing
 
     from megarl.config.schema import Parallel
     from megarl.parallel import Mesh
 
     Mesh.build(Parallel())
-    mine, other = (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (straight, stopped))
+    mine, other = (dict(_values(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (straight, stopped))
     if mine.keys() != other.keys():
         raise RunFailed(f"verify resume: the checkpoints hold other tensors: {sorted(mine.keys() ^ other.keys())[:5]}")
     for name in mine:
-        yield name, *(found[name].contiguous().view(-1).numpy() for found in (mine, other))
+        if isinstance(mine[name], torch.Tensor):
+            both = (found[name].contiguous().view(-1) for found in (mine, other))
+            yield name, *((x.shape, x.dtype, x.view(torch.uint8).numpy().tobytes()) for x in both)
+        else:
+            _expect(name, mine[name], other[name], stopped.parents[2])
+
+
+def _values(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries and lists, by their full names."""
+    if isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _values(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, state

@@ -73,15 +73,15 @@ def test_responses_of_a_model_that_learned_nothing_have_different_rewards():
     assert len(scores) > 2 and all(0 <= score <= 1 for score in scores)
 
 
-def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2"):
+def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2", lr=0.1):
     """What a part of a run leaves, as far as it is compared."""
     (folder / "rollouts").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
     (folder / "rollouts" / "step_000001.jsonl").write_text(json.dumps({"response": answer}) + "\n")
     checkpoint = folder / "checkpoints" / "step_000001"
-    tensors = {"policy.w": torch.tensor(weights)}
+    tensors = {"policy.w": torch.tensor(weights), "policy.b": torch.ones(2, dtype=torch.bfloat16)}
     dcp.save(tensors, checkpoint_id=checkpoint / "shards", no_dist=True)
-    torch.save({}, checkpoint / "shards" / "common.pt")
+    torch.save({"policy": {"param_groups": [{"lr": lr}]}}, checkpoint / "shards" / "common.pt")
     save_config(CheckpointingConfig(*BACKEND), str(checkpoint / "shards"))
     owners = {"clock": {"seconds": hash(folder)}, "data": list(state)}
     (checkpoint / "state.json").write_text(json.dumps({"owners": owners, "config": {"run_dir": str(folder)}}))
@@ -103,13 +103,14 @@ def one_rank():
         ({}, None),
         ({"state": (1, 3)}, r"state.json: owners: data\[1\]: 2 without a stop, 3 resumed"),
         ({"weights": (1.0, 2.0000002)}, "after the last step policy.w differs"),
+        ({"lr": 0.2}, r"policy.param_groups.0.lr: 0.1 without a stop, 0.2 resumed"),
         ({"answer": "3"}, r"rollouts/step_000001.jsonl\[0\]: response: '2' without a stop, '3' resumed"),
     ],
 )
 def test_every_kind_of_difference_is_found(tmp_path, changed, said):
     straight, stopped = part(tmp_path / "a" / "run" / "rl"), part(tmp_path / "b" / "run" / "rl", **changed)
     if said is None:
-        assert _compare(straight, stopped).startswith("1 steps of metrics, 1 tensors of weights and optimizer")
+        assert _compare(straight, stopped).startswith("1 steps of metrics, 2 tensors of weights and optimizer")
     else:
         with pytest.raises(RunFailed, match=said):
             _compare(straight, stopped)
