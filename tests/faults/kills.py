@@ -95,7 +95,7 @@ class Run:
     def _has_said(self, rank: int, process: int) -> bool:
         """Whether a rank's place is its own: torchrun leaves there where the rank before it was."""
         with suppress(OSError):
-            return str(Place.path(self.part_dir / "logs", rank)) in Path(f"/proc/{process}/maps").read_text()
+            return str(Place.path(self.part_dir / "logs", rank).resolve()) in Path(f"/proc/{process}/maps").read_text()
         return False
 
     def end(self, timeout: float) -> int:
