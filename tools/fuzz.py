@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STATE, TABLE = ROOT / "runs/fuzz", ROOT / "tools/bench/results/fuzz.md"
-CHUNK, HANG = 5000, 120  # cases of one process; seconds that no case may take
+CHUNK, HANG = 2500, 120  # cases of one process; seconds that no case may take
 OF_BYTES = {
     "safetensors header": ["megarl.convert"],
     "checkpoint .metadata": ["megarl.platform.safe_loading"],

@@ -76,7 +76,7 @@ def _make(run_dir: Path, folder: Path, part: str) -> None:
 
 
 def _one_run(folder: Path, part: str, number: int) -> None:
-    chance, run_dir = random.Random(number), folder / f"run_{number:04d}"
+    chance, run_dir = random.Random(f"run {number}"), folder / f"run_{number:04d}"
     shutil.rmtree(run_dir, ignore_errors=True)
     _make(run_dir, folder, part)
     scratch, save = folder / "tmp" / f"run_{number:04d}", chance.choice(SAVES)

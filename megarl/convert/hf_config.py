@@ -9,6 +9,7 @@ from typing import Any
 from megarl.errors import BadInput
 from megarl.models.spec import Rope
 
+MOST = 1 << 16  # layers, and experts of a layer: lists of them are made before any weight is looked for
 REQUIRED = object()
 
 # Keys that change no number of a forward pass: names, versions, tokens, storage, training options of transformers.
@@ -77,6 +78,7 @@ class Key:
     type: type = int
     default: Any = REQUIRED
     aliases: tuple[str, ...] = ()
+    most: int = 2**31 - 1
 
     def read(self, config: Mapping[str, Any], where: str) -> Any:
         """The value, of this key's type. Raises BadInput when it is absent, contradictory or of another type."""
@@ -89,19 +91,20 @@ class Key:
         if any(other != value for other in present.values()):
             pairs = ", ".join(f"{key}={other!r}" for key, other in present.items())
             raise BadInput(f"{where}: {pairs} contradict each other; keep one of them")
-        return checked(name, value, self.type, where)
+        return checked(name, value, self.type, where, self.most)
 
 
-def checked(name: str, value: Any, kind: type, where: str) -> Any:
-    """`value` as `kind` (a positive int or float, or a bool). Raises BadInput."""
+def checked(name: str, value: Any, kind: type, where: str, most: int = 2**31 - 1) -> Any:
+    """`value` as `kind` (a positive int or float of at most `most`, or a bool). Raises BadInput."""
     if kind is bool:
         if isinstance(value, bool):
             return value
-    elif isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0:
+    elif isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value <= most:
         return kind(value)
-    raise BadInput(
-        f"{where}: {name}={value!r} must be {'true or false' if kind is bool else f'a positive {kind.__name__}'}"
-    )
+    wanted = "true or false" if kind is bool else f"a positive {kind.__name__}"
+    if isinstance(value, int | float) and value > most:
+        wanted += f" of at most {most}"
+    raise BadInput(f"{where}: {name}={value!r:.80} must be {wanted}")
 
 
 ROPE_KEYS = {  # of rope_parameters (transformers 5) or rope_scaling (4), by the kinds that have them

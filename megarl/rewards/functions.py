@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import zlib
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -101,6 +102,11 @@ def make_custom(path: str, params: dict[str, Any]) -> RewardFunction:
         return function(prompt, response, answer, **{**metadata, **params})
 
     return custom if params else function
+
+
+def by_checksum(prompt: str, response: str, answer: str | None, **metadata: Any) -> float:
+    """0, 0.25, ... or 1, by the bytes of the response: differs within a group however little a model has learned."""
+    return zlib.crc32(response.encode(errors="replace")) % 5 / 4
 
 
 def same(found: str, answer: str, ignore_case: bool, numeric: bool) -> bool:

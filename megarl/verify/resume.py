@@ -16,6 +16,8 @@ from typing import Any
 from megarl.config import dump_config
 from megarl.config.schema import Config, DataSource
 from megarl.errors import BadInput, RunFailed
+from megarl.rewards.functions import by_checksum
+from megarl.rewards.registry import MODEL
 
 # what differs between two runs that compute the same: clocks, memory, and rates made of them
 CLOCKS = ("unix_time", "clock/", "time/", "throughput/", "memory/", "sync/seconds", "sync/move_seconds")
@@ -29,6 +31,7 @@ SMALLER = {"batch_size": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "op
 MOST_TOKENS = 16  # of a response
 SMALL_MODEL = {"num_layers": 4, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 SMALL_MODEL |= {"num_experts": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "top_k": 4}
+REWARD = f"{by_checksum.__module__}:{by_checksum.__name__}"
 ROWS = 40  # of generated data, so that an epoch ends within the steps
 
 
@@ -47,7 +50,8 @@ def verify_resume(cfg: Config, steps: int = STEPS, command: Sequence[str] = (sys
     """Run every part of the config for `steps` steps twice, once without a stop and once with one after each step, and
     compare weights, optimizer state, everything else of the last checkpoint, metrics and trajectories; printed.
 
-    A part runs on smaller batches, and in place of a large model on a random one of its kind. Raises BadInput when the
+    A part runs on smaller batches, in place of a large model on a random one of its kind, and with a reward that tells the
+    responses of a model apart that has learned nothing: equal ones would have no gradient. Raises BadInput when the
     config has no part to run, RunFailed at the first difference or when a run fails; the runs are then kept.
     """
     parts = [name for name in PARTS if getattr(cfg, name) is not None]
@@ -109,6 +113,10 @@ def _smaller(cfg: Config, steps: int, scratch: Path) -> tuple[Config, str]:
     quiet = {"tensorboard": False, "wandb": None, "rollouts_every": 1, "profile_steps": []}
     changes["log"] = cfg.log.model_copy(update=quiet)
     changes["export"] = cfg.export.model_copy(update={"every": 0})
+    if cfg.reward.type != MODEL:
+        other = {"type": REWARD, "params": {}}
+        named = {name: one.model_copy(update=other) for name, one in cfg.reward.named.items()}
+        changes["reward"] = cfg.reward.model_copy(update=other | {"named": named})
     model, title = _model(cfg, scratch)
     return cfg.model_copy(update=changes | {"model": model}), title
 
@@ -167,7 +175,7 @@ def _compare(straight: Path, stopped: Path) -> str:
     count = 0
     for name, mine, other in _tensors(*(path / "shards" for path in last)):
         count += 1
-        if mine.shape != other.shape or mine.dtype != other.dtype or mine.tobytes() != other.tobytes():
+        if mine != other:
             raise RunFailed(f"verify resume: after the last step {name} differs: {straight} and {stopped}")
     what = (
         f"{len(rows)} steps of metrics, {count} tensors of weights and optimizer, random generators and data position"
@@ -196,18 +204,35 @@ def _expect(what: str, mine: Any, other: Any, where: Path) -> None:
 
 
 def _tensors(straight: Path, stopped: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(name, numbers of one, numbers of the other) of all tensors of two checkpoints' shards, whole."""
+    """(name, one's, the other's) shape, kind and bytes of every tensor in two checkpoints' shards, whole.
+
+    Raises RunFailed where their other values, such as those of parameter groups, differ.
+    """
     from megarl import platform
 
     platform.setup()
+    import torch
     from megatron.core import dist_checkpointing
 
     from megarl.config.schema import Parallel
     from megarl.parallel import Mesh
 
     Mesh.build(Parallel())
-    mine, other = (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (straight, stopped))
+    mine, other = (dict(_values(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (straight, stopped))
     if mine.keys() != other.keys():
         raise RunFailed(f"verify resume: the checkpoints hold other tensors: {sorted(mine.keys() ^ other.keys())[:5]}")
     for name in mine:
-        yield name, *(found[name].contiguous().view(-1).numpy() for found in (mine, other))
+        if isinstance(mine[name], torch.Tensor):
+            both = (found[name].contiguous().view(-1) for found in (mine, other))
+            yield name, *((x.shape, x.dtype, x.view(torch.uint8).numpy().tobytes()) for x in both)
+        else:
+            _expect(name, mine[name], other[name], stopped.parents[2])
+
+
+def _values(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries and lists, by their full names."""
+    if isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _values(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, state

@@ -14,6 +14,7 @@ from megarl.bounds import TooMuch, bounded
 from megarl.config import load_config
 from megarl.config.schema import Generate
 from megarl.convert.hf_io import copy_side_files
+from megarl.convert.load import read_spec
 from megarl.convert.reader import HFReader
 from megarl.data import chat, load_tokenizer
 from megarl.data.chat import render_prompts
@@ -114,6 +115,14 @@ def test_an_absurd_token_id_is_refused_before_room_is_made_for_it(copy: Path) ->
     file.write_text(json.dumps(content))
     with pytest.raises(BadInput, match="token id 2147483648"):
         load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("key, value", [("num_hidden_layers", 2**31), ("num_experts", 2**40), ("rms_norm_eps", 10**400)])
+def test_absurd_sizes_are_refused_before_anything_is_counted(copy: Path, key: str, value: int) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(BadInput, match=f"{key}=.* must be a positive (int|float) of at most"):
+        read_spec(copy)
 
 
 def test_only_safetensors_are_read(copy: Path) -> None:

@@ -15,6 +15,7 @@ from megarl.checkpoint import CheckpointingConfig, save_config
 from megarl.config import dump_config, load_config
 from megarl.config.schema import Config
 from megarl.errors import BadInput, RunFailed
+from megarl.rewards.functions import by_checksum
 from megarl.verify.resume import Arm, _compare, _expect, _rows, _smaller, verify_resume
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs/cpu/quickstart.yaml"
@@ -67,15 +68,20 @@ def test_the_small_config_is_one_that_the_commands_take(tmp_path, preset):
         assert load_config(tmp_path / "small.yaml", require=section).rl.steps == 3
 
 
-def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2"):
+def test_responses_of_a_model_that_learned_nothing_have_different_rewards():
+    scores = {by_checksum("", text, "") for text in ("", "a", "b", "12", "\ud800", "1 2 3 4 5")}
+    assert len(scores) > 2 and all(0 <= score <= 1 for score in scores)
+
+
+def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2", lr=0.1):
     """What a part of a run leaves, as far as it is compared."""
     (folder / "rollouts").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
     (folder / "rollouts" / "step_000001.jsonl").write_text(json.dumps({"response": answer}) + "\n")
     checkpoint = folder / "checkpoints" / "step_000001"
-    tensors = {"policy.w": torch.tensor(weights)}
+    tensors = {"policy.w": torch.tensor(weights), "policy.b": torch.ones(2, dtype=torch.bfloat16)}
     dcp.save(tensors, checkpoint_id=checkpoint / "shards", no_dist=True)
-    torch.save({}, checkpoint / "shards" / "common.pt")
+    torch.save({"policy": {"param_groups": [{"lr": lr}]}}, checkpoint / "shards" / "common.pt")
     save_config(CheckpointingConfig(*BACKEND), str(checkpoint / "shards"))
     owners = {"clock": {"seconds": hash(folder)}, "data": list(state)}
     (checkpoint / "state.json").write_text(json.dumps({"owners": owners, "config": {"run_dir": str(folder)}}))
@@ -97,13 +103,14 @@ def one_rank():
         ({}, None),
         ({"state": (1, 3)}, r"state.json: owners: data\[1\]: 2 without a stop, 3 resumed"),
         ({"weights": (1.0, 2.0000002)}, "after the last step policy.w differs"),
+        ({"lr": 0.2}, r"policy.param_groups.0.lr: 0.1 without a stop, 0.2 resumed"),
         ({"answer": "3"}, r"rollouts/step_000001.jsonl\[0\]: response: '2' without a stop, '3' resumed"),
     ],
 )
 def test_every_kind_of_difference_is_found(tmp_path, changed, said):
     straight, stopped = part(tmp_path / "a" / "run" / "rl"), part(tmp_path / "b" / "run" / "rl", **changed)
     if said is None:
-        assert _compare(straight, stopped).startswith("1 steps of metrics, 1 tensors of weights and optimizer")
+        assert _compare(straight, stopped).startswith("1 steps of metrics, 2 tensors of weights and optimizer")
     else:
         with pytest.raises(RunFailed, match=said):
             _compare(straight, stopped)

@@ -20,7 +20,7 @@ from megarl.convert.families.parts import (
     write_shared,
 )
 from megarl.convert.family import Family
-from megarl.convert.hf_config import Key, checked
+from megarl.convert.hf_config import MOST, Key, checked
 from megarl.convert.rules import Rule
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
@@ -32,7 +32,7 @@ KEYS = tuple(
         Key("nope_head_dim", "qk_nope_head_dim", default=128),
         Key("rope_head_dim", "qk_rope_head_dim", default=64),
         Key("v_head_dim", "v_head_dim", default=128),
-        Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts")),
+        Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts"), most=MOST),
         Key("top_k", "num_experts_per_tok"),
         Key("moe_intermediate_size", "moe_intermediate_size"),
         Key("router_scaling", "routed_scaling_factor", float, 1.0),

@@ -21,7 +21,7 @@ from megarl.convert.families.parts import (
     write_shared,
 )
 from megarl.convert.family import Family
-from megarl.convert.hf_config import Key, checked
+from megarl.convert.hf_config import MOST, Key, checked
 from megarl.models.spec import ModelSpec
 
 
@@ -47,7 +47,7 @@ GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     keys=keys(
         ASKED_KV_HEADS,
-        Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts")),
+        Key("num_experts", "n_routed_experts", aliases=("num_local_experts", "num_experts"), most=MOST),
         Key("top_k", "num_experts_per_tok"),
         Key("moe_intermediate_size", "moe_intermediate_size"),
         Key("norm_topk_prob", "norm_topk_prob", bool, True),

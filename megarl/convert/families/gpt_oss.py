@@ -7,7 +7,7 @@ from typing import Any
 
 from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, all_moe, attention, keys
 from megarl.convert.family import Family
-from megarl.convert.hf_config import Key
+from megarl.convert.hf_config import MOST, Key
 from megarl.convert.rules import plain, stacked_experts
 from megarl.errors import BadInput
 
@@ -51,7 +51,7 @@ GPT_OSS = Family(
         ASKED_KV_HEADS,
         Key("head_dim", "head_dim", default=64),
         Key("moe_intermediate_size", "intermediate_size"),
-        Key("num_experts", "num_local_experts", default=128, aliases=("num_experts",)),
+        Key("num_experts", "num_local_experts", default=128, aliases=("num_experts",), most=MOST),
         Key("top_k", "num_experts_per_tok", default=4, aliases=("experts_per_token",)),
         Key("norm_eps", "rms_norm_eps", float, 1e-5),
         Key("qkv_bias", "attention_bias", bool, True),

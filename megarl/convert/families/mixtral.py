@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megarl.convert.families.parts import ASKED_KV_HEADS, FIXED, MODEL, all_moe, attention, keys, moe_mlp
 from megarl.convert.family import Family
-from megarl.convert.hf_config import Key
+from megarl.convert.hf_config import MOST, Key
 
 SPARSE_MLP = moe_mlp("block_sparse_moe.gate.weight", "block_sparse_moe.experts.{e}.", "w1 w3 w2")
 
@@ -14,7 +14,7 @@ MIXTRAL = Family(
     keys=keys(
         ASKED_KV_HEADS,
         Key("moe_intermediate_size", "intermediate_size"),
-        Key("num_experts", "num_local_experts", default=8, aliases=("num_experts",)),
+        Key("num_experts", "num_local_experts", default=8, aliases=("num_experts",), most=MOST),
         Key("top_k", "num_experts_per_tok", default=2),
         Key("norm_eps", "rms_norm_eps", float, 1e-5),
     ),

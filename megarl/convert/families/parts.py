@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megarl.convert.hf_config import Key, checked
+from megarl.convert.hf_config import MOST, Key, checked
 from megarl.convert.rules import Rule, experts, gate_up, plain, qkv, vocab
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
@@ -17,7 +17,7 @@ def own_head_dim(config: Mapping[str, Any]) -> int:
 
 
 KEYS = (
-    Key("num_layers", "num_hidden_layers"),
+    Key("num_layers", "num_hidden_layers", most=MOST),
     Key("hidden_size", "hidden_size"),
     Key("num_heads", "num_attention_heads"),
     Key("num_kv_heads", "num_key_value_heads", default=lambda config: config["num_attention_heads"]),

@@ -7,13 +7,13 @@ from typing import Any
 
 from megarl.convert.families.parts import ASKED_KV_HEADS, DENSE_MLP, FIXED, MODEL, NO_WINDOW, attention, keys, moe_mlp
 from megarl.convert.family import Family
-from megarl.convert.hf_config import Key
+from megarl.convert.hf_config import MOST, Key
 from megarl.errors import BadInput
 from megarl.models.spec import ModelSpec
 
 MOE_KEYS = keys(
     ASKED_KV_HEADS,
-    Key("num_experts", "num_experts", aliases=("num_local_experts",)),
+    Key("num_experts", "num_experts", aliases=("num_local_experts",), most=MOST),
     Key("top_k", "num_experts_per_tok"),
     Key("moe_intermediate_size", "moe_intermediate_size"),
     Key("norm_topk_prob", "norm_topk_prob", bool, False),
