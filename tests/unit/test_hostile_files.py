@@ -7,8 +7,10 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 
 from megarl.bounds import TooMuch, bounded
 from megarl.config import load_config
@@ -17,7 +19,7 @@ from megarl.convert.hf_io import copy_side_files
 from megarl.convert.load import read_spec
 from megarl.convert.reader import HFReader
 from megarl.data import chat, load_tokenizer
-from megarl.data.chat import render_prompts
+from megarl.data.chat import encode, render_prompts
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 from megarl.models.generate import generate_checkpoint
@@ -123,6 +125,14 @@ def test_absurd_sizes_are_refused_before_anything_is_counted(copy: Path, key: st
     (copy / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(BadInput, match=f"{key}=.* must be a positive (int|float) of at most"):
         read_spec(copy)
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused(copy: Path) -> None:
+    settings = json.loads((copy / "tokenizer.json").read_text())
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "nowhere"}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(settings | {"model": model, "added_tokens": [], "post_processor": None}))
+    with pytest.raises(BadInput, match="cannot take a text"):
+        encode(SimpleNamespace(is_fast=True, backend_tokenizer=backend), ["b"])
 
 
 def test_only_safetensors_are_read(copy: Path) -> None:
