@@ -23,8 +23,9 @@ from megarl.data.chat import encode, render_prompts
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 from megarl.models.generate import generate_checkpoint
-from megarl.platform.safe_loading import NotPlain, load_metadata
+from megarl.platform.safe_loading import NotPlain, check_shards, load_metadata
 from megarl.report import write_report
+from tests.fuzz.targets import metadata_seed
 
 SMALL = Generate(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=2, moe_intermediate_size=8,
                  context=64, tokenizer={"vocab_size": 300})  # fmt: skip
@@ -218,3 +219,22 @@ def test_the_report_shows_markup_as_text(tmp_path: Path) -> None:
     (run / "rl/rollouts/step_000001.jsonl").write_text(json.dumps(sample))
     html = write_report(run).read_text()
     assert html.count("<script>") == 1 and "<img" not in html and "&lt;script&gt;alert(1)" in html
+
+
+def test_shards_cannot_lie_elsewhere(tmp_path: Path) -> None:
+    shards, elsewhere = tmp_path / "shards", tmp_path / "elsewhere"
+    shards.mkdir()
+    elsewhere.write_bytes(b"\0" * 40)
+    (shards / ".metadata").write_bytes(metadata_seed())
+    (shards / "__0_0.distcp").write_bytes(b"\0" * 40)
+    check_shards(shards)
+    (shards / "__0_0.distcp").unlink()
+    (shards / "__0_0.distcp").symlink_to(elsewhere)
+    with pytest.raises(BadInput, match="no file in its folder"):
+        check_shards(shards)
+
+
+@pytest.mark.parametrize("name", [b"../elsewhere", b"/tmp/elsewhe", b"sub/../../el", b"a\0.distcp123"])
+def test_a_table_of_contents_names_files_of_its_folder_only(name: bytes) -> None:
+    with pytest.raises(NotPlain, match="not in its folder"):
+        load_metadata(metadata_seed().replace(b"__0_0.distcp", name[:12]))
