@@ -77,7 +77,8 @@ def _make(run_dir: Path, folder: Path, part: str) -> None:
 
 def _one_run(folder: Path, part: str, number: int) -> None:
     chance, run_dir = random.Random(f"run {number}"), folder / f"run_{number:04d}"
-    shutil.rmtree(run_dir, ignore_errors=True)
+    for leftover in (run_dir, folder / "tmp" / f"run_{number:04d}"):  # of a soak that was stopped
+        shutil.rmtree(leftover, ignore_errors=True)
     _make(run_dir, folder, part)
     scratch, save = folder / "tmp" / f"run_{number:04d}", chance.choice(SAVES)
     launcher = chance.choices(("forks", "megarl", "torchrun"), (14, 1, 1))[0]

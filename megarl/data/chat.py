@@ -71,14 +71,19 @@ def _check_ids(folder: Path) -> None:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text as it stands: no special tokens are added, those in the text are recognised.
 
-    Equal texts share one list: generated problems and short answers repeat a lot. Treat the lists as read-only.
+    Equal texts share one list: generated problems and short answers repeat a lot. Treat the lists as read-only. Raises
+    BadInput for a tokenizer that cannot take a text, such as one whose unknown token is not in its vocabulary.
     """
     unique = list(dict.fromkeys(texts))
     if not unique:
         return []
     if tokenizer.is_fast:
         # Straight to the Rust tokenizer: BatchEncoding costs more than the encoding of short texts.
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+        try:
+            batch = tokenizer.backend_tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+        except Exception as error:  # its own errors have no class
+            line = " ".join(str(error).split())[:200]
+            raise BadInput(f"tokenizer.json: cannot take a text ({line}); give another tokenizer") from None
         ids = dict(zip(unique, (encoding.ids for encoding in batch), strict=True))
     else:
         ids = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))

@@ -27,6 +27,11 @@ def settings(**alarms: Alarm) -> Settings:
     return Settings(window=WINDOW, **none | alarms)
 
 
+def test_a_figure_that_is_no_number_is_an_alarm() -> None:
+    alarms = Alarms(settings(gap=Alarm(above=1.0, action="stop")))
+    assert alarms._above("gap", math.nan) and alarms._above("gap", 1.1) and not alarms._above("gap", 1.0)
+
+
 @given(NORMS)
 def test_a_spike_is_more_than_so_many_times_the_median_of_the_steps_before(norms: list[float]) -> None:
     alarms = Alarms(settings(grad_norm=Alarm(above=2.0, action="stop")))

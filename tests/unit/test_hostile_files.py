@@ -7,8 +7,10 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 
 from megarl.bounds import TooMuch, bounded
 from megarl.config import load_config
@@ -17,12 +19,13 @@ from megarl.convert.hf_io import copy_side_files
 from megarl.convert.load import read_spec
 from megarl.convert.reader import HFReader
 from megarl.data import chat, load_tokenizer
-from megarl.data.chat import render_prompts
+from megarl.data.chat import encode, render_prompts
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 from megarl.models.generate import generate_checkpoint
-from megarl.platform.safe_loading import NotPlain, load_metadata
+from megarl.platform.safe_loading import NotPlain, check_shards, load_metadata
 from megarl.report import write_report
+from tests.fuzz.targets import metadata_seed
 
 SMALL = Generate(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=2, moe_intermediate_size=8,
                  context=64, tokenizer={"vocab_size": 300})  # fmt: skip
@@ -125,6 +128,14 @@ def test_absurd_sizes_are_refused_before_anything_is_counted(copy: Path, key: st
         read_spec(copy)
 
 
+def test_a_tokenizer_without_its_unknown_token_is_refused(copy: Path) -> None:
+    settings = json.loads((copy / "tokenizer.json").read_text())
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "nowhere"}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(settings | {"model": model, "added_tokens": [], "post_processor": None}))
+    with pytest.raises(BadInput, match="cannot take a text"):
+        encode(SimpleNamespace(is_fast=True, backend_tokenizer=backend), ["b"])
+
+
 def test_only_safetensors_are_read(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
 
@@ -208,3 +219,22 @@ def test_the_report_shows_markup_as_text(tmp_path: Path) -> None:
     (run / "rl/rollouts/step_000001.jsonl").write_text(json.dumps(sample))
     html = write_report(run).read_text()
     assert html.count("<script>") == 1 and "<img" not in html and "&lt;script&gt;alert(1)" in html
+
+
+def test_shards_cannot_lie_elsewhere(tmp_path: Path) -> None:
+    shards, elsewhere = tmp_path / "shards", tmp_path / "elsewhere"
+    shards.mkdir()
+    elsewhere.write_bytes(b"\0" * 40)
+    (shards / ".metadata").write_bytes(metadata_seed())
+    (shards / "__0_0.distcp").write_bytes(b"\0" * 40)
+    check_shards(shards)
+    (shards / "__0_0.distcp").unlink()
+    (shards / "__0_0.distcp").symlink_to(elsewhere)
+    with pytest.raises(BadInput, match="no file in its folder"):
+        check_shards(shards)
+
+
+@pytest.mark.parametrize("name", [b"../elsewhere", b"/tmp/elsewhe", b"sub/../../el", b"a\0.distcp123"])
+def test_a_table_of_contents_names_files_of_its_folder_only(name: bytes) -> None:
+    with pytest.raises(NotPlain, match="not in its folder"):
+        load_metadata(metadata_seed().replace(b"__0_0.distcp", name[:12]))
