@@ -52,7 +52,7 @@ def test_a_cut_cable_ends_the_run_with_the_lost_host_named_and_the_next_start_go
     def said(name: str) -> str:
         return "".join(f"--- host {host}\n{(tmp_path / f'{name}.{host}').read_text()}" for host in range(2))
 
-    common = ("checkpoint.every=10", "parallel.timeout_minutes=0.2")
+    common = ("checkpoint.every=10", "parallel.timeout_minutes=0.1")
     launched = launch(two_hosts, tmp_path, warm.config, "first", *common)
     wait_for(lambda: last_step(rows) >= 15, launched, lambda: said("first"))
     two_hosts.cut(1)

@@ -46,7 +46,7 @@ ROUND_TRIPS = {
 }
 
 
-@pytest.mark.parametrize("nproc", ROUND_TRIPS)
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_round_trips(nproc, checkpoints, tmp_path):
     cases = {}
     for name, degrees in ROUND_TRIPS[nproc]:

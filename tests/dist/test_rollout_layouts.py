@@ -17,7 +17,7 @@ LAYOUTS = {
     "two-engines": (4, dict(pp=2, ep=2), dict(data_parallel=2, expert_parallel=True)),
     "uneven-experts": (3, dict(), dict(data_parallel=3, expert_parallel=True)),
 }
-SLOW = ("columns", "lock-step-of-tp", "two-engines", "uneven-experts")
+SLOW = ("columns", "replicas", "lock-step-of-tp", "two-engines", "uneven-experts")
 
 
 @pytest.fixture(scope="module")

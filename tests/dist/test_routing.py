@@ -18,6 +18,7 @@ TWO = {
     "ep2 all-gather": dict(ep=2, dispatcher="allgather"),
 }
 FOUR = {"tp2ep2pp2": dict(tp=2, ep=2, pp=2)}
+LAYOUTS = [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in FOUR)]
 DENSE_STAGE = "pp2 with a stage of dense layers"
 BUDGET = 60
 
@@ -43,13 +44,13 @@ def four(checkpoint):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", [*TWO, DENSE_STAGE, *FOUR])
+@pytest.mark.parametrize("layout", [DENSE_STAGE, *LAYOUTS])
 def test_replay_at_the_same_weights_is_exact(request, layout, recompute):
     for rank in request.getfixturevalue("four" if layout in FOUR else "two"):
         assert rank[layout][recompute] == []
 
 
-@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_record_is_refused_and_the_layer_named(request, layout):
     said = [rank[layout]["faults"] for rank in request.getfixturevalue("four" if layout in FOUR else "two")]
     for good, shifted, swapped, *_ in said:

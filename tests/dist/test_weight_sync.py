@@ -178,7 +178,7 @@ OTHER = {
     "bfloat16": dict(pp=2, dtype="bfloat16"),
     "lock-step": dict(tp=2, rollout=dict(data_parallel=2, expert_parallel=True)),
 }
-SLOW = ("experts", "tensor", "bfloat16", "lock-step")  # syncs of these engines, right and wrong: test_rollout_layouts.py
+SLOW = ("mixed", "experts", "tensor", "bfloat16", "lock-step")  # syncs of these engines, right and wrong: test_rollout_layouts.py
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in OTHER])

@@ -71,6 +71,7 @@ def test_sft_stopped_by_a_scheduler_then_killed_in_an_update_and_in_a_save(
     assert differences(run_dir / "sft", warm.run / "sft") == []
 
 
+@pytest.mark.slow
 def test_rl_killed_in_an_update(trained: Project, tmp_path: Path, scratch: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained.run / "sft", run_dir / "sft")
