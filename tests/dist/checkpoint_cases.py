@@ -132,6 +132,7 @@ def failing_on_one_rank(path: str, folder: str, parallel: dict[str, Any]) -> dic
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
     mesh.barrier()
     out["left"] = sorted(path.name for path in Path(folder).iterdir())
+    mesh.barrier()  # until every rank has looked
     checkpointer.save(3)
     out["then"] = [path.name for path in checkpoints(Path(folder))]
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
+import torch
 
 from megarl.bounds import TooMuch, bounded
 from megarl.config import load_config
@@ -23,7 +25,7 @@ from megarl.data.chat import encode, render_prompts
 from megarl.data.sources import Row
 from megarl.errors import BadInput
 from megarl.models.generate import generate_checkpoint
-from megarl.platform.safe_loading import NotPlain, check_shards, load_metadata
+from megarl.platform.safe_loading import NotPlain, check_shards, install, load_metadata
 from megarl.report import write_report
 from tests.fuzz.targets import metadata_seed
 
@@ -120,7 +122,9 @@ def test_an_absurd_token_id_is_refused_before_room_is_made_for_it(copy: Path) ->
         load_tokenizer(copy)
 
 
-@pytest.mark.parametrize("key, value", [("num_hidden_layers", 2**31), ("num_experts", 2**40), ("rms_norm_eps", 10**400)])
+@pytest.mark.parametrize(
+    "key, value", [("num_hidden_layers", 2**31), ("num_experts", 2**40), ("rms_norm_eps", 10**400)]
+)
 def test_absurd_sizes_are_refused_before_anything_is_counted(copy: Path, key: str, value: int) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {key: value}))
@@ -131,7 +135,9 @@ def test_absurd_sizes_are_refused_before_anything_is_counted(copy: Path, key: st
 def test_a_tokenizer_without_its_unknown_token_is_refused(copy: Path) -> None:
     settings = json.loads((copy / "tokenizer.json").read_text())
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "nowhere"}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(settings | {"model": model, "added_tokens": [], "post_processor": None}))
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps(settings | {"model": model, "added_tokens": [], "post_processor": None})
+    )
     with pytest.raises(BadInput, match="cannot take a text"):
         encode(SimpleNamespace(is_fast=True, backend_tokenizer=backend), ["b"])
 
@@ -192,6 +198,29 @@ def test_a_header_larger_than_its_file_takes_no_memory(copy: Path, length: int) 
 def test_a_pickle_that_asks_for_endless_room_is_refused() -> None:
     with pytest.raises(NotPlain, match="memory"):
         load_metadata(b"\x80\x04Nr\xff\xff\xff\xff.")  # put None at place 2^32 - 1 of the memo
+
+
+class Acts:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_an_object_beside_the_tensors_that_acts_is_refused_before_it_does(tmp_path: Path) -> None:
+    """One behind the table of contents, as Megatron keeps its extra states; torch itself would load it with pickle."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    install()
+    item = io.BytesIO()
+    torch.save(Acts(tmp_path / "was-run"), item)
+    item.seek(0)
+    planner = DefaultLoadPlanner()
+    planner.state_dict, planner.flatten_state_dict = {}, False
+    with pytest.raises(pickle.UnpicklingError):
+        planner.load_bytes(SimpleNamespace(dest_index=SimpleNamespace(fqn="extra")), item)
+    assert not (tmp_path / "was-run").exists() and planner.state_dict == {}
 
 
 MARK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"

@@ -21,7 +21,7 @@ from presets import CONFIG, ROOT, over_seeds, run, wilson
 
 FP8 = ("tensorwise", "delayed", "blockwise", "mxfp8")
 SHAPE = dict(hidden_size=384, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=128, moe_intermediate_size=128)
-WORLD = ["parallel.ep=1", "parallel.nproc=1", "eval.data.0.size=2000", "log.tensorboard=false", "resume=auto"]
+WORLD = ["parallel.ep=1", "parallel.nproc=1", "eval.data.0.size=4500", "log.tensorboard=false", "resume=auto"]
 WORLD += ["reward.timeout_seconds=600"]  # the study may be stopped for a while, by hand
 SFT = ["sft.optimizer.lr=1e-3", "sft.batch_size=96", "sft.stop_at_loss=0.4"]
 RL = ["model.generate=none", "rl.init_from=model", "eval.every=0", "checkpoint.every=10", "checkpoint.keep=1"]
