@@ -17,7 +17,7 @@ from megarl.plan.engine import Cache, buffer_bytes, cache_of, portion_bytes, wei
 from megarl.plan.hardware import GIB, Hardware
 from megarl.plan.held import Held, held, stage_ranks
 from megarl.plan.seconds import PHASES
-from megarl.plan.shape import ModelShape, Rows, Workload
+from megarl.plan.shape import ACTIVATION_BYTES, ModelShape, Rows, Workload
 from megarl.plan.volume import checkpoint_bytes, layout_of, sync_plan
 from megarl.rollout.sync_plan import SyncPlan
 
@@ -188,7 +188,7 @@ def fullest_row(cfg: Config, spec: ModelSpec, work: Workload) -> Row:
 
 
 def _activations(cfg: Config, spec: ModelSpec, row: Row, provider: str, hardware: Hardware) -> Activations:
-    item = {"float32": 4, "bfloat16": 2, "float64": 8}[cfg.model.dtype]
+    item = ACTIVATION_BYTES[cfg.model.dtype]
     head = 4 if cfg.model.head_dtype == "float32" else item
     is_cpu = hardware.name.startswith("cpu")
     balance = hardware.efficiency.balance

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+
+from tests.marked import end_marked, marked
 
 MARK = "MEGARL_TEST_HOSTS"
 
@@ -98,12 +97,7 @@ class Hosts:
 
     def processes(self) -> list[int]:
         """Processes of the hosts that are still there."""
-        found = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if self.mark.encode() in environ.read_bytes().split(b"\0"):
-                    found.append(int(environ.parent.name))
-        return found
+        return marked(self.mark)
 
     def namespaces(self) -> list[str]:
         lines = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -114,12 +108,7 @@ class Hosts:
 
     def close(self) -> None:
         """End all processes and take the namespaces away."""
-        deadline = time.monotonic() + 10
-        while (left := self.processes()) and time.monotonic() < deadline:
-            for process in left:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            time.sleep(0.05)
+        end_marked(self.mark)
         for process in self.processes_of:
             process.wait()
         for name in self.namespaces():

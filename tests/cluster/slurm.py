@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megarl.launcher import _die_with
+from tests.marked import end_marked, marked
 
 MARK = "MEGARL_TEST_CLUSTER"
 PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm"}
@@ -71,7 +71,9 @@ class Cluster:
         lines = [CONF.format(host=socket.gethostname().partition(".")[0], ports=ports, folder=folder)]
         for node, port in zip(self.nodes, ports[1:], strict=True):
             lines.append(f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus}\n")
-        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE GraceTime=60 State=UP\n")
+        lines.append(
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE GraceTime=60 State=UP\n"
+        )
         lines.append("PartitionName=one Nodes=n0 MaxTime=60 State=UP\n")
         lines.append(f"PartitionName=urgent Nodes={','.join(self.nodes)} MaxTime=60 PriorityTier=9 State=UP\n")
         (folder / "slurm.conf").write_text("".join(lines))
@@ -97,8 +99,16 @@ class Cluster:
 
     def start(self) -> None:
         folder = self.folder
-        files = [f"--{kind}={folder}/munge.{end}" for kind, end in
-                 (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]
+        files = [
+            f"--{kind}={folder}/munge.{end}"
+            for kind, end in (
+                ("socket", "socket"),
+                ("key-file", "key"),
+                ("pid-file", "pid"),
+                ("log-file", "log"),
+                ("seed-file", "seed"),
+            )
+        ]
         self._daemon("munged", "munged", "--foreground", "--force", *files)
         self._until(lambda: (folder / "munge.socket").exists(), "munged has no socket")
         self._daemon("slurmctld", "slurmctld", "-D", "-c")
@@ -154,21 +164,11 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        deadline = time.monotonic() + 10
-        while (left := self.processes()) and time.monotonic() < deadline:
-            for process in left:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            time.sleep(0.05)
+        end_marked(self.mark)
 
     def processes(self) -> list[int]:
         """Processes of the cluster and its jobs that are still there."""
-        found = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if self.mark.encode() in environ.read_bytes().split(b"\0"):
-                    found.append(int(environ.parent.name))
-        return found
+        return marked(self.mark)
 
 
 def _free_ports(count: int) -> list[int]:

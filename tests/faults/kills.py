@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megarl.launcher import Place
 from tests.e2e.program import without_clocks
+from tests.marked import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = "tests.faults.warm_program"
@@ -60,12 +61,7 @@ class Run:
 
     def processes(self) -> list[int]:
         """Everything of this run that is still there."""
-        found = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if self.mark.encode() in environ.read_bytes().split(b"\0"):
-                    found.append(int(environ.parent.name))
-        return found
+        return marked(self.mark)
 
     def rank(self, number: int) -> int | None:
         """The process of a rank, where there is one now."""
