@@ -26,7 +26,7 @@ from megarl.config.schema import Model, Parallel
 from megarl.convert import family, load_hf, read_spec, save_hf, stream_hf
 from megarl.convert.encodings import Fp8Blocks
 from megarl.convert.hf_io import write_json
-from megarl.convert.save import _coded
+from megarl.convert.save import coded_tensors
 from megarl.convert.writer import ShardedWriter
 
 COMMON = {
@@ -53,7 +53,7 @@ def make(shape: str, folder: Path) -> None:
     write_json(folder / "config.json", config)
     spec = read_spec(folder)
     shapes, blocks = family(spec.family).hf_shapes(spec), Fp8Blocks()
-    coded = _coded(spec) if "fp8" in more else set()
+    coded = coded_tensors(spec) if "fp8" in more else set()
     plan = {}
     for tensor, size in shapes.items():
         plan[tensor] = (torch.float8_e4m3fn if tensor in coded else torch.bfloat16, size)
