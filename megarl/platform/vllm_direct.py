@@ -215,7 +215,8 @@ class PackedExperts(PlainExperts):
             self._place(matrix[None], out[None])
 
     def _place(self, values: Tensor, out: Tensor) -> None:
-        pack(values.to(out.dtype), out, self.module.quant_method.moe_kernel.fused_experts.isa)
+        # columns of a wider matrix, read in place, are no matrix of the operator's kind
+        pack(values.to(out.dtype).contiguous(), out, self.module.quant_method.moe_kernel.fused_experts.isa)
 
     def read(self, part: ExpertPart) -> Tensor:
         packed, (rows, width) = self._matrix(part), self.shape(part)

@@ -10,6 +10,7 @@ from tests.dist.vllm_cases import make_checkpoint
 
 LAYOUTS = {
     "columns": (2, dict(ep=2), dict(tensor_parallel=2)),
+    "wide-columns": (2, dict(ep=2), dict(tensor_parallel=2)),  # whose cut experts fill the kernels' blocks
     "replicas": (2, dict(tp=2), dict()),
     "experts": (2, dict(pp=2), dict(tensor_parallel=2, expert_parallel=True)),
     "lock-step": (2, dict(ep=2), dict(data_parallel=2, expert_parallel=True)),
@@ -17,7 +18,7 @@ LAYOUTS = {
     "two-engines": (4, dict(pp=2, ep=2), dict(data_parallel=2, expert_parallel=True)),
     "uneven-experts": (3, dict(), dict(data_parallel=3, expert_parallel=True)),
 }
-SLOW = ("columns", "replicas", "lock-step-of-tp", "two-engines", "uneven-experts")
+SLOW = ("columns", "wide-columns", "replicas", "lock-step-of-tp", "two-engines", "uneven-experts")
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +26,21 @@ def path(tmp_path_factory):
     return make_checkpoint(str(tmp_path_factory.mktemp("layouts") / "model"))
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return make_checkpoint(str(tmp_path_factory.mktemp("wide") / "model"), moe_intermediate_size=256)
+
+
 @pytest.fixture(
     scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
 )
-def ranks(request, path):
+def ranks(request, path, wide):
     """Five prompts, then one: with several replicas an uneven share, then none for all but the first."""
     world, parallel, rollout = LAYOUTS[request.param]
     rollout = rollout | {"routed_experts": True}
+    model = wide if request.param == "wide-columns" else path
     return run_ranks(
-        "tests.dist.rollout_cases:layout", world, path, [5, 1], parallel=parallel, rollout=rollout, timeout=300
+        "tests.dist.rollout_cases:layout", world, model, [5, 1], parallel=parallel, rollout=rollout, timeout=300
     )
 
 

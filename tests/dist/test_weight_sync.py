@@ -76,6 +76,10 @@ def test_other_ways_bring_the_same_weights(ranks, way):
         assert ("full tensors through vLLM's reload, because it is asked for" in rank[way]["line"]) == (way == "reload")
 
 
+def test_columns_of_a_matrix_are_packed_as_the_matrix_would_be(ranks):
+    assert [rank["cut"] for rank in ranks] == ["accepted", "accepted"]
+
+
 def test_parked_weights_are_read_where_they_are(ranks):
     """None of them is where it is computed with, before, in between and after the sync; its extra memory is as the ledger
     has it, and at most two layers."""

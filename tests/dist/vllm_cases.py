@@ -324,6 +324,8 @@ def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -
         out.setdefault("needed", {})[name] = sum(other.buffer_bytes)
         out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
         engine.reload_reason, engine._direct = None, direct
+    out["cut"] = attempt(lambda: _write_columns(engine))
+    weight_sync.run(policy.modules, 1)
     out["parked"] = _parked(weight_sync, policy, parallel, spoil, check)
     exchange.platform.map_tensors = plain_map
     for chunk in policy.modules:  # parameters that have moved since are mapped again, not read where they were
@@ -514,6 +516,17 @@ BROKEN = {
     "layer": _skip_layer,
     "values": _scale_values,
 }
+
+
+def _write_columns(engine: Any) -> None:
+    """Columns of a wider matrix, as a tensor-parallel engine reads them in place. Raises RunFailed when they arrive changed."""
+    name = "model.layers.0.mlp.experts.0.down_proj.weight"
+    layer = engine._direct.places[name]
+    rows, width = layer.shape(layer.parts[name])
+    columns = torch.randn(rows, 2 * width)[:, width:]
+    layer.write_experts(layer.parts[name], 1, columns)
+    if not torch.equal(layer.read(layer.parts[name]), columns):
+        raise RunFailed(f"{name} is not what was written")
 
 
 def _parked(weight_sync: Any, policy: Any, parallel: Parallel, spoil: Any, check: Any) -> dict[str, Any]:
