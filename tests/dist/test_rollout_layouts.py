@@ -28,7 +28,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    return make_checkpoint(str(tmp_path_factory.mktemp("wide") / "model"), moe_intermediate_size=256)
+    return make_checkpoint(str(tmp_path_factory.mktemp("wide") / "model"), hidden_size=128, moe_intermediate_size=64)
 
 
 @pytest.fixture(

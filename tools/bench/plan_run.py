@@ -62,7 +62,7 @@ def config_of(case: str, folder: Path) -> dict[str, Any]:
 
 def of_run(case: str, folder: Path) -> list[tuple[str, str, float, float]]:
     """(case, what, measured, predicted) bytes of every owner, all ranks together: the phase that is farthest off."""
-    from megarl.config.load import load_config
+    from megarl.config import load_config, smallest_world
     from megarl.metrics import read_jsonl
     from megarl.plan.hardware import GIB, named
     from megarl.plan.memory import plan_memory
@@ -74,7 +74,7 @@ def of_run(case: str, folder: Path) -> list[tuple[str, str, float, float]]:
         raise SystemExit(f"{case}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     row = read_jsonl(folder / "run" / "rl" / "metrics.jsonl")[-1]
     cfg = load_config(file)
-    world = cfg.parallel.nproc
+    world = cfg.parallel.nproc or smallest_world(cfg)
     plan = plan_memory(cfg, world, named("cpu"))
     worst: dict[str, tuple[str, str, float, float]] = {}
     for phase, planned in PHASES.items():
