@@ -18,8 +18,11 @@ SAMPLED_COPIES = 3  # float32 tensors of [sequences, vocabulary]: logits, their 
 BATCHED_TOKENS = 8192  # of one engine step, at least, see `VLLMEngine`
 
 
-def weight_bytes(plan: SyncPlan, rank: int) -> int:
-    """Of what vLLM hosts on a rank, with the vocabulary padded as vLLM pads it, and its table of rotary positions."""
+def weight_bytes(plan: SyncPlan, rank: int, is_cpu: bool) -> int:
+    """Of what vLLM hosts on a rank, with the vocabulary padded as vLLM pads it, and its table of rotary positions.
+
+    A CPU keeps the output layer twice: as it was loaded and in its kernel's order.
+    """
     spec, total = plan.spec, 0
     dtypes = {entry.hf_name: entry.dtype for entry in plan.entries}
     rows = -(-spec.vocab_size // VOCAB_PADDING) * VOCAB_PADDING // plan.engine.tensor
@@ -31,7 +34,9 @@ def weight_bytes(plan: SyncPlan, rank: int) -> int:
             sizes[0] = rows
         share = stacked if STACKED.search(name) else 1
         total += math.prod(sizes) * ITEM_BYTES[dtypes.get(name, plan.dtype)] // share
-    return total + spec.max_position_embeddings * spec.rope.width * ITEM_BYTES[plan.dtype]
+    item = ITEM_BYTES[plan.dtype]
+    packed = rows * spec.hidden_size * item if is_cpu else 0
+    return total + packed + spec.max_position_embeddings * spec.rope.width * item
 
 
 def cache_bytes_per_token(spec: ModelSpec, tensor: int, item: int) -> int:

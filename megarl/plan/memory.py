@@ -146,7 +146,7 @@ def plan_memory(
     rows = Rows.of(work, shape, dp, cfg.parallel.pp if cfg.parallel.vpp else 1)
     plan = sync_plan(cfg, spec, world)
     plan = plan if plan.whole else replace(plan, portion=portion_bytes(is_cpu))  # as `WeightSync` takes them
-    weights = weight_bytes(plan, 0)
+    weights = weight_bytes(plan, 0, is_cpu)
     cache = cache_of(cfg, spec, weights, None if is_cpu else hardware.memory_bytes)
     engine = {
         "engine_weights": weights,

@@ -98,6 +98,12 @@ def test_the_ledger_counts_what_a_sync_needs(ranks):
         assert rank["needed"]["messages"] <= 2 * rank["largest_layer"]
 
 
+def test_the_planner_knows_what_a_sync_and_the_engine_need(ranks):
+    for rank in ranks:
+        assert rank["planned"]["messages"] == rank["needed"]["messages"] > 0
+        assert rank["planned"]["weights"] == pytest.approx(rank["weights"], rel=2e-3)  # routers' counters are left out
+
+
 def test_what_goes_wrong_on_the_way_is_named(ranks):
     for number, rank in enumerate(ranks):
         assert "the prefix cache is stale" in rank["stale_cache"]

@@ -292,6 +292,7 @@ def sync(
 
 def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -> dict:
     """The same sync over other paths, each into an engine with wrong weights; and syncs that go wrong on the way."""
+    from megarl.plan.engine import buffer_bytes, weight_bytes
     from megarl.platform.shared_memory import SharedWindows
     from megarl.platform.vllm_direct import Direct
     from megarl.rollout import exchange
@@ -322,6 +323,12 @@ def _other_ways(weight_sync: Any, policy: Any, parallel: Parallel, check: Any) -
         with _LiveBytes() as live:
             report = other.run(policy.modules, 1)
         out.setdefault("needed", {})[name] = sum(other.buffer_bytes)
+        if name == "messages":
+            out["planned"] = {
+                "messages": buffer_bytes(other.plan, mesh.rank, is_cpu=False),
+                "weights": weight_bytes(other.plan, mesh.rank, is_cpu=True),
+            }
+            out["weights"] = sum(engine.memory()["weights"])
         out[name] = {"gap": check(), "peak": live.peak, "traffic": asdict(report.traffic), "line": report.describe(reason)}
         engine.reload_reason, engine._direct = None, direct
     out["cut"] = attempt(lambda: _write_columns(engine))

@@ -2,9 +2,10 @@
 
     python tools/bench/plan_run.py [--cases NAME,...] [--out FILE]
 
-Trains a small model for one RL step in each case and compares what the ledger has of every owner the plan knows, all
-ranks together, in the phases that both have. A CPU's ranks read each other's weights in place, so messages, which
-cannot be seen there, are those of an exchange that is told that it can map nothing.
+Trains a small model for two RL steps in each case (at the first one's start moments do not exist) and compares what the
+ledger has of every owner the plan knows, all ranks together, in the phases that both have. A CPU's ranks read each
+other's weights in place, so messages, which cannot be seen there, are those of an exchange that is told that it can map
+nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dp2, ppo with reference": {"parallel": dict(nproc=2), "rl": dict(algorithm=dict(preset="ppo"))},
 }  # fmt: skip
-EXCHANGES = {"ep2": {}, "tp2": LOCK_STEP, "pp2": dict(tensor_parallel=2), "pp2,ep2": dict(data_parallel=2, expert_parallel=True)}
+EXCHANGES = {  # name -> (learner, rollout)
+    "ep2 -> 2 engines, sent": (dict(ep=2), {}),
+    "tp2 -> dp2+experts, sent": (dict(tp=2), LOCK_STEP),
+    "pp2 -> tp2, sent": (dict(pp=2), dict(tensor_parallel=2)),
+    "pp2ep2 -> 2 x dp2+experts, sent": (dict(pp=2, ep=2), LOCK_STEP),
+}
 PHASES = {"rollout": "rollout", "sync": "sync", "log_probs": "old_log_probs", "update": "update"}
 LIMIT = 0.10
 
@@ -50,7 +56,7 @@ def config_of(case: str, folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(folder / "model"), "generate": MODEL | {"tokenizer": {"vocab_size": 512, "train_on": [TASK]}}},
-        "rl": {"data": [TASK], "algorithm": {"preset": "gspo"}, "steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4},
+        "rl": {"data": [TASK], "algorithm": {"preset": "gspo"}, "steps": 2, "prompts_per_step": 4, "samples_per_prompt": 4},
         "rollout": {"max_response_tokens": 8, "kv_cache_gib": 0.25},
         "reward": {"type": "reasoning_gym"},
         "log": {"tensorboard": False},
@@ -88,16 +94,16 @@ def of_run(case: str, folder: Path) -> list[tuple[str, str, float, float]]:
     return list(worst.values())
 
 
-def of_exchange(layout: str, folder: Path) -> list[tuple[str, str, float, float]]:
+def of_exchange(case: str, folder: Path) -> list[tuple[str, str, float, float]]:
     """Most bytes of messages of a rank, of a sync that cannot read in place."""
     from tests.dist.harness import run_ranks
 
-    parallel = {key: int(value) for key, value in (part[:2].split() + [part[2:]] for part in layout.split(","))}
-    world = 4 if len(parallel) > 1 else 2
+    parallel, rollout = EXCHANGES[case]
+    world = 2 ** len(parallel)
     config = config_of("ep2 -> 2 engines", folder) | {"parallel": parallel | {"nproc": world}}
-    config["rollout"] |= EXCHANGES[layout]
+    config["rollout"] |= rollout
     ranks = run_ranks("tools.bench.plan_run:exchanged", world, config, timeout=200)
-    return [(f"{layout} -> {EXCHANGES[layout] or 'engines'}", f"messages of rank {n}", *found) for n, found in enumerate(ranks)]
+    return [(case, f"messages of rank {n}", *found) for n, found in enumerate(ranks)]
 
 
 def exchanged(config: dict[str, Any]) -> tuple[int, int]:
@@ -106,6 +112,7 @@ def exchanged(config: dict[str, Any]) -> tuple[int, int]:
 
     from megarl import platform
     from megarl.config.schema import Config
+    from megarl.convert.load import matched
     from megarl.learner.policy import Policy
     from megarl.parallel import Mesh
     from megarl.plan.engine import buffer_bytes, portion_bytes
@@ -113,7 +120,6 @@ def exchanged(config: dict[str, Any]) -> tuple[int, int]:
     from megarl.plan.volume import sync_plan
     from megarl.platform.shared_memory import SharedWindows
     from megarl.rollout import exchange
-    from megarl.convert.load import matched
 
     cfg = Config(**config)
     mesh, spec = Mesh.build(cfg.parallel), spec_of_config(cfg)

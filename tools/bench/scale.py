@@ -97,7 +97,7 @@ def curve(model: str) -> Curve:
     work = replace(Workload.of(cfg), prompts=PROMPTS)
     optimizer = cfg.rl.optimizer.model_copy(update={"cpu_offload": False})
     rl = cfg.rl.model_copy(update={"optimizer": optimizer})
-    weights = weight_bytes(sync_plan(cfg, shape.spec, cfg.parallel.nproc), 0)
+    weights = weight_bytes(sync_plan(cfg, shape.spec, cfg.parallel.nproc), 0, is_cpu=False)
     cache = cache_of(cfg, shape.spec, weights, named(GPU).memory_bytes)
     for world in SIZES[model]:
         here = cfg if world == cfg.parallel.nproc else cfg.model_copy(update={"rl": rl})  # Adam then fits on the device
