@@ -30,6 +30,7 @@ ON_REQUEST = (
     "first_stage_layers",
     "last_stage_layers",
 )  # never suggested to who did not ask for it
+MOST_RANKS = 2**16  # of a degree that is suggested: more than any cluster has
 MOST, WIDTH = 3, 40  # suggestions, and layouts that the search goes on from after each change
 
 
@@ -317,7 +318,8 @@ def _choices(config: Config, shapes: Sequence[Shape], world_size: int | None, se
         "ep": "num_experts",
         "etp": "moe_intermediate_size",
     }
-    numbers = [number for number in range(2 if name == "vpp" else 1, 2 * value + 1) if number != value]
+    largest = min(2 * value, MOST_RANKS)
+    numbers = [number for number in range(2 if name == "vpp" else 1, largest + 1) if number != value]
     if name in counts:
         key = counts[name]
         numbers = [n for n in numbers if all(shape.config.get(key, n) % n == 0 for shape in shapes)]

@@ -66,7 +66,11 @@ def resolve(path: str | Path, overrides: Sequence[str] = (), require: Command | 
         config = Config.model_validate(data)
     except ValidationError as e:
         raise BadInput(_explain(e)) from None
-    check_config(config, require)
+    try:
+        check_config(config, require)
+    except OSError as e:  # a path that no file system has, as a name of thousands of letters
+        name = str(e.filename)
+        raise BadInput(f"{name if len(name) < 80 else f'{name[:80]}...'}: {e.strerror}; set another path") from None
     return Resolved(config, origins)
 
 

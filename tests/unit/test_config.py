@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,19 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     ]:
         (tmp_path / "bad.yaml").write_text(text)
         assert part in refused(tmp_path / "bad.yaml")
+
+
+def test_a_path_that_no_file_system_has_is_refused(base: Path) -> None:
+    line = refused(base, f"model.path={'a' * 5000}")
+    assert "File name too long; set another path" in line and len(line) < 200
+
+
+@pytest.mark.parametrize("setting", ["tp", "pp", "ep", "etp", "cp"])
+def test_a_degree_of_billions_is_refused_as_fast_as_any(base: Path, setting: str) -> None:
+    tracemalloc.start()
+    assert f"parallel.{setting} = 2147483648" in refused(base, f"parallel.{setting}=2147483648")
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def test_config_json_wins_over_nothing_and_must_agree_with_generate(base: Path, tmp_path: Path) -> None:
