@@ -45,6 +45,7 @@ def lose_a_peer() -> None:
 
 WAYS = {
     "stopped": {"0": ("update", hang), "1": ("reward", stop_itself)},
+    "elsewhere": {"0": ("update", hang), "1": ("reward", hang)},
     "locked": {"0": ("update", hang_with_the_lock), "1": ("update", hang)},
     "failed": {"0": ("update", hang), "1": ("generate", fail)},
     "lost": {"0": ("gather", lose_a_peer), "1": ("gather", lose_a_peer)},

@@ -42,6 +42,11 @@ def test_a_stopped_rank_is_named_and_both_stacks_are_in_the_logs(tmp_path: Path)
         )
 
 
+def test_a_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
+    code, said = end_of("elsewhere", tmp_path)
+    assert code == 1 and "not done after 1 s; rank 1 is in rl step 7, reward; the stack" in said, said
+
+
 def test_a_rank_that_holds_the_interpreters_lock_writes_its_stack_and_ends(tmp_path: Path) -> None:
     code, said = end_of("locked", tmp_path)
     assert code == 1 and said.startswith("error: rank 0: ") and "in rl step 7, update" in said, said
