@@ -15,7 +15,7 @@ from megarl.config.schema import Generate
 from megarl.errors import BadInput
 from megarl.models.generate import spec_of
 from megarl.plan.hardware import CHIPS, named
-from megarl.plan.seconds import PHASES, phase_seconds, rollout, send_seconds, step_seconds
+from megarl.plan.seconds import PHASES, _Decode, phase_seconds, rollout, send_seconds, step_seconds, update
 from megarl.plan.shape import ModelShape, Rows, Workload, causal_pairs
 from megarl.plan.volume import (
     Volume,
@@ -314,6 +314,21 @@ def test_the_longest_response_and_the_bubble(qwen):
 
 
 # -- hardware ------------------------------------------------------------------------------------------------------
+
+
+def test_of_gradients_that_are_reduced_during_the_backward_pass_only_the_last_bucket_is_waited_for(layout):
+    waited = update(layout(4, ep=2), H100).detail["dp"]
+    hidden = update(layout(4, ep=2, overlap_grad_reduce="true"), H100).detail["dp"]
+    volumes = [v for v in update_volumes(layout(4, ep=2), 0) if v.group == "dp" and v.what == "gradients"]
+    assert waited - hidden == pytest.approx(0.8 * sum(send_seconds(v, H100) for v in volumes))
+
+
+def test_a_token_reads_the_experts_that_it_chose_and_many_read_all(layout):
+    cfg = layout(1).cfg
+    decode = _Decode(cfg, SMALL, H100)
+    experts = SMALL.expert_parameters * decode.weight_item
+    one, many = (decode._bytes(live, 0.0) for live in (1, 1e6))
+    assert many - one == pytest.approx(experts * (1 - EXPERTS["top_k"] / EXPERTS["num_experts"]))
 
 
 def test_a_file_of_hardware_is_read_back(tmp_path):
