@@ -93,6 +93,8 @@ def run_in_turn(module: str, nproc: int, cases: dict[str, tuple[str, dict[str, A
 
 def in_turn(module: str, steps: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     """Run by the ranks: each function's result; Megatron's groups are torn down between any two."""
+    import gc
+
     import torch.distributed as dist
 
     out = []
@@ -103,6 +105,9 @@ def in_turn(module: str, steps: list[tuple[str, dict[str, Any]]]) -> list[Any]:
         if dist.is_initialized():
             dist.barrier()
         parallel_state.destroy_model_parallel()
+        gc.collect()
+        for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+            dist.destroy_process_group(group)  # three threads each, for as long as it is
     return out
 
 
