@@ -41,6 +41,7 @@ from megatron.core.dist_checkpointing.core import (  # noqa: E402
     save_config,
 )
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
@@ -360,8 +361,18 @@ def _sharded_policy(role: str, policy: Policy, is_loading: bool) -> dict[str, An
     out: dict[str, Any] = {"model": model}
     if policy.optimizer is not None:
         init_state(policy.optimizer)  # one that has not stepped yet, as the policy's while a critic warms up, has none
+        # Megatron finds a parameter's state by its tensor in `model`
         out["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading, metadata=OPTIMIZER_FORMAT)
+    _read_quantised(model)
     return out
+
+
+def _read_quantised(model: dict[str, Any]) -> None:
+    """Shards of quantised weights become those of the numbers that they stand for, in place: files hold no FP8, and the views
+    that shards are cut by are refused."""
+    for shard in nested_values(model):
+        if isinstance(shard, (ShardedTensor, ShardedTensorFactory)):
+            shard.data = platform.plain(shard.data)
 
 
 def _check_amaxes(checkpoint: Path, sharded: dict[str, Any]) -> None:
@@ -387,6 +398,7 @@ def _load_policy(policy: Policy, state: dict[str, Any]) -> None:
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(state["optimizer"])
         after_loading(policy.optimizer)
+        policy.fp8_params.renew(policy.optimizer, policy.chunks)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -432,7 +444,9 @@ def load_model(path: Path, modules: list[torch.nn.Module], role: str = "policy")
     """
     check_shards(path)
     with damaged(path):
-        loaded = dist_checkpointing.load({role: {"model": sharded_modules(role, modules)}}, str(path))
+        model = sharded_modules(role, modules)
+        _read_quantised(model)
+        loaded = dist_checkpointing.load({role: {"model": model}}, str(path))
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[role]["model"][f"model{index}"], strict=False)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from megarl.config import families
 from megarl.config.layouts import Shape, check_layout
-from megarl.config.optimizers import check_optimizers
+from megarl.config.optimizers import check_optimizers, optimizers
 from megarl.config.schema import PHASES, Config, DataSource
 from megarl.errors import BadInput
 from megarl.secrets import refuse_literals
@@ -28,6 +28,7 @@ def check_config(config: Config, require: Command | None = None) -> None:
     _check_watch(config)
     _check_sections(config, require)
     check_optimizers(config)
+    _check_fp8_params(config)
     _check_sources(config, must_exist=require)
     _check_rewards(config, require)
     shapes = _shapes(config, require)
@@ -138,6 +139,39 @@ def _check_software(config: Config, require: Command | None) -> None:
         raise BadInput(
             f"log.wandb = {config.log.wandb!r}: wandb is not installed; pip install wandb, or set log.wandb: none"
         )
+
+
+def _check_fp8_params(config: Config) -> None:
+    """What megatron-core 0.16.1 and Transformer Engine keep weights in FP8 with."""
+    model, parallel = config.model, config.parallel
+    if not model.fp8_params:
+        return
+    torch_layers = "PyTorch's layers keep no weights in FP8, they round the same weights to the same numbers at every product"
+    reason = None
+    if model.fp8 == "none":
+        reason = "model.fp8 = 'none'; set model.fp8: blockwise"
+    elif model.layers == "torch":
+        reason = f"model.layers = 'torch': {torch_layers}; set model.layers: te"
+    elif importlib.util.find_spec("transformer_engine") is None:
+        reason = f"Transformer Engine is not installed, and {torch_layers}; install it"
+    elif model.dtype != "bfloat16":
+        reason = f"model.dtype = {model.dtype!r}: Transformer Engine's FP8 layers take bfloat16; set model.dtype: bfloat16"
+    elif model.fp8 == "delayed":
+        reason = "model.fp8 = 'delayed': its scales start at 1, so the first weights would be lost; set model.fp8: tensorwise"
+    elif not parallel.distributed_optimizer:
+        reason = "it is a part of Megatron's distributed optimizer; set parallel.distributed_optimizer: true"
+    elif model.fp8 == "mxfp8" and parallel.overlap_param_gather:
+        reason = (
+            "weights in mxfp8 are gathered in the memory of the gradients, before the next pass; set "
+            "parallel.overlap_param_gather: false"
+        )
+    for key, optimizer in optimizers(config) if reason is None else ():
+        if optimizer.type != "adam":
+            reason = f"{key}.type = {optimizer.type!r}: only Adam has Megatron's distributed optimizer; set {key}.type: adam"
+        elif optimizer.cpu_offload:
+            reason = f"{key}.cpu_offload = true: it steps copies of plain weights; set {key}.cpu_offload: false"
+    if reason is not None:
+        raise BadInput(f"model.fp8_params = true: {reason}, or model.fp8_params: false")
 
 
 def _check_sections(config: Config, require: Command | None) -> None:

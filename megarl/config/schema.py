@@ -141,6 +141,10 @@ class Model(Section):
     """Of these steps, the largest amax or the last one."""
     fp8_margin: NonNegative = 0
     """Powers of two that the scales of delayed leave free for what is larger than in the past."""
+    fp8_params: bool = False
+    """Weights of the layers' products are kept as FP8 codes alone: half the bytes of bfloat16 beside FP8 copies, and gathered
+    as one byte each after a step (mxfp8: as two). The float32 main weights stay exact; what leaves the learner (weight sync,
+    exports) are the rounded ones. Needs fp8, layers: te, Adam, and parallel.distributed_optimizer."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from megarl import platform
 from megarl.config.schema import Parallel
 from megarl.convert.encodings import QUANTISED, encoding_of
 from megarl.convert.families import family
@@ -19,6 +20,8 @@ from megarl.convert.rules import Rule, Shard
 from megarl.convert.stacks import Stack, in_table_names, views
 from megarl.errors import BadInput, RunFailed
 from megarl.models.spec import ModelSpec
+
+Unrounded = Callable[[Tensor, Tensor], None]  # (a quantised parameter, the numbers that were read for it)
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -33,17 +36,27 @@ def read_spec(path: str | Path) -> ModelSpec:
         encoding_of(config, where)  # how the weights are stored is no part of the architecture
         config.pop(QUANTISED, None)
         return family(config.get("model_type"), where).read_config(config, where)
-    except (TypeError, AttributeError, ValueError, KeyError, IndexError, ArithmeticError) as error:  # a value of a kind that
+    except (
+        TypeError,
+        AttributeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        ArithmeticError,
+    ) as error:  # a value of a kind that
         line = " ".join(str(error).split())[:200]  # no config.json has: text for a number, a list for an object
         raise BadInput(f"{where}: malformed ({type(error).__name__}: {line}); restore the file") from None
 
 
 @torch.no_grad()
-def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) -> None:
+def load_hf(
+    path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh, unrounded: Unrounded = lambda *_: None
+) -> None:
     """Fills this rank's chunks from a checkpoint folder, converting to the parameters' dtype.
 
     Only the ranges this rank holds are read. A model with a scalar head takes all but the head from a language model
-    and keeps its own. Raises BadInput when the files are damaged or do not fit `spec`.
+    and keeps its own. `unrounded` is told of every quantised parameter what it was rounded from. Raises BadInput when the
+    files are damaged or do not fit `spec`.
     """
     reader, shard = open_weights(path, spec), Shard.of(mesh)
     scored = read_spec(path).head != spec.head
@@ -55,7 +68,7 @@ def load_hf(path: str | Path, chunks: list[nn.Module], spec: ModelSpec, mesh) ->
                 f"load: {rule.megatron} has shape {list(tensor.shape)} in the learner where the {spec.family} table "
                 f"expects {list(rule.local_shape(spec, shard))}"
             )
-        load_parameter(reader, rule, spec, shard, tensor)
+        load_parameter(reader, rule, spec, shard, tensor, unrounded)
 
 
 def layout_problem(spec: ModelSpec, parallel: Parallel) -> str | None:
@@ -84,8 +97,28 @@ def open_weights(path: str | Path, spec: ModelSpec) -> HFReader:
 
 
 @torch.no_grad()
-def load_parameter(reader: HFReader, rule: Rule, spec: ModelSpec, shard: Shard, tensor: Tensor | Stack) -> None:
-    """Fills one parameter of a rank, of shape `rule.local_shape`. Raises BadInput when the files do not fit."""
+def load_parameter(
+    reader: HFReader,
+    rule: Rule,
+    spec: ModelSpec,
+    shard: Shard,
+    tensor: Tensor | Stack,
+    unrounded: Unrounded = lambda *_: None,
+) -> None:
+    """Fills one parameter of a rank, of shape `rule.local_shape`. Raises BadInput when the files do not fit.
+
+    A quantised one cannot be filled in parts: it is rounded from numbers read beside it, which `unrounded` gets too.
+    """
+    quantised = tensor.parts if isinstance(tensor, Stack) else [tensor]
+    if platform.is_quantised(quantised[0]):
+        numbers = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in quantised]
+        load_parameter(
+            reader, rule, spec, shard, Stack(numbers, tensor.inner) if isinstance(tensor, Stack) else numbers[0]
+        )
+        for part, whole in zip(quantised, numbers, strict=True):
+            part.copy_(whole)
+            unrounded(part, whole)
+        return
     regions = rule.regions(spec, shard)
     shapes = rule.hf_shapes(spec)
     for name in dict.fromkeys(region.hf_name for region in regions):  # of all experts, only this rank's
@@ -102,8 +135,9 @@ def matched(
 ) -> dict[str, tuple[Rule, Tensor | Stack]]:
     """Every tensor of this rank's chunks that a checkpoint holds, with its rule, by its name with global layer numbers.
 
-    Names and shapes are the tables', whatever the layer provider. `gradients`: the main gradients of the parameters
-    instead. Raises RunFailed for a parameter without a rule.
+    Names and shapes are the tables', whatever the layer provider. Quantised parameters are themselves: `Readable` gives
+    their numbers, `copy_` fills them. `gradients`: the main gradients of the parameters instead. Raises RunFailed for a
+    parameter without a rule.
     """
     rules = {rule.megatron: rule for block in family(spec.family).blocks(spec) for rule in block}
     out = {}
@@ -111,7 +145,7 @@ def matched(
         while hasattr(chunk, "module"):
             chunk = chunk.module
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        parameters = [(name, p.main_grad if gradients else p.data) for name, p in chunk.named_parameters()]
+        parameters = [(name, p.main_grad if gradients else _weight(p)) for name, p in chunk.named_parameters()]
         for name, tensor in in_table_names(_numbered(parameters, numbers)):
             if name not in rules:
                 raise RunFailed(f"conversion: no rule of the {spec.family} table names the parameter {name}")
@@ -119,6 +153,11 @@ def matched(
         buffers = [] if gradients else [(name, b) for name, b in chunk.named_buffers() if b is not None]
         out |= {name: (rules[name], buffer) for name, buffer in _numbered(buffers, numbers) if name in rules}
     return out
+
+
+def _weight(parameter: nn.Parameter) -> Tensor:
+    # `.data` of a quantised one is another, which shares its bytes but not the state of its copy by columns
+    return parameter if platform.is_quantised(parameter) else parameter.data
 
 
 def _numbered(tensors: list[tuple[str, Tensor]], numbers: list[int]) -> Iterator[tuple[str, Tensor]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megarl import platform
 from megarl.convert.rules import Index, Region
 
 # Transformer Engine's name in a layer -> the tables'
@@ -17,13 +19,14 @@ NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 LAYER_NAME = re.compile(r"(decoder\.layers\.\d+\.)(.+)")
+KEPT_PARAMETERS = 8  # whose numbers `Readable` keeps, a layer's and some of the next one's
 EXPERT = re.compile(r"(.*mlp\.experts\.)linear_fc([12])\.(weight|bias)(\d+)")
 
 
 class Stack:
     """The weights or biases of a rank's experts, one tensor each, as the one tensor `[E/ep, ...]` of the tables.
 
-    What it is indexed with for one expert is a view; for several it is a copy.
+    What it is indexed with for one expert is a view; for several, and of quantised weights, it is a copy.
     """
 
     def __init__(self, parts: list[Tensor], inner: tuple[int, ...]) -> None:
@@ -45,8 +48,8 @@ class Stack:
     def numel(self) -> int:
         return self.shape.numel()
 
-    def detach(self) -> Stack:
-        return Stack([part.detach() for part in self.parts], self.inner)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Stack:
+        return Stack([change(part) for part in self.parts], self.inner)
 
     def zero_(self) -> None:
         for part in self.parts:
@@ -55,19 +58,49 @@ class Stack:
     def __getitem__(self, index: Index) -> Tensor:
         first, *rest = index
         if isinstance(first, int):
-            return self.parts[first].view(self.inner)[tuple(rest)]
-        chosen = self.parts[first]
+            return self._expert(first)[tuple(rest)]
+        chosen = range(len(self.parts))[first]
         if len(chosen) == 1:
-            return chosen[0].view(1, *self.inner)[(slice(None), *rest)]
-        return torch.stack([part.view(self.inner)[tuple(rest)] for part in chosen])
+            return self._expert(chosen[0])[None][(slice(None), *rest)]
+        return torch.stack([self._expert(number)[tuple(rest)] for number in chosen])
+
+    def _expert(self, number: int) -> Tensor:
+        return platform.plain(self.parts[number]).view(self.inner)
 
     def stretch(self, start: int, count: int) -> Tensor:
         """`count` elements from `start`, in order."""
         size, out = self.parts[0].numel(), []
         for number in range(start // size, -(-(start + count) // size)):
             first, last = max(start - number * size, 0), min(start + count - number * size, size)
-            out.append(self.parts[number].reshape(-1)[first:last])
+            out.append(platform.plain(self.parts[number]).reshape(-1)[first:last])
         return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class Readable(Mapping[str, "Tensor | Stack"]):
+    """Parameters by name, to read: of quantised ones the numbers that they stand for, made when asked for.
+
+    Nobody changes the parameters meanwhile. `view`: where a parameter is now.
+    """
+
+    def __init__(self, held: Mapping[str, Tensor | Stack], view: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self._held, self._view = held, view
+        self._made: OrderedDict[str, Tensor | Stack] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Tensor | Stack:
+        if name not in self._made:
+            found = self._held[name]
+            # a stack's, which are most of a layer, are made one by one where they are read
+            made = found.each(self._view) if isinstance(found, Stack) else platform.plain(self._view(found))
+            self._made[name] = made
+            if len(self._made) > KEPT_PARAMETERS:
+                self._made.popitem(last=False)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def stretch(parameter: Tensor | Stack, start: int, count: int) -> Tensor:

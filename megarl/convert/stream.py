@@ -15,6 +15,7 @@ from megarl import platform
 from megarl.convert.families import family
 from megarl.convert.load import matched
 from megarl.convert.rules import Region, Rule, Shard
+from megarl.convert.stacks import Readable
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 
@@ -66,8 +67,8 @@ class Weights:
 
     @classmethod
     def of(cls, held: Mapping[str, Tensor], buffers: bool = True) -> Weights:
-        """Of tensors that are all in memory."""
-        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: held, buffers)
+        """Of tensors that are all in memory, quantised ones as the numbers they stand for."""
+        return cls({name: tensor.dtype for name, tensor in held.items()}, lambda names: Readable(held), buffers)
 
     def owners(self, mesh) -> dict[str, Owner]:
         """Every parameter of the model. Collective."""

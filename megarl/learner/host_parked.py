@@ -24,6 +24,7 @@ class HostParked:
     def __init__(self, find: Callable[[], Iterable[UntypedStorage]], forgets: bool = False, frozen: bool = False) -> None:
         self._find, self._forgets, self._frozen = find, forgets, frozen
         self._parked: list[tuple[UntypedStorage, int, Tensor | None]] = []  # storage, bytes, its contents on the host
+        self._places: dict[int, Tensor] = {}  # of parked storages, their contents on the host
         self._kept: dict[int, Tensor] = {}  # contents of frozen storages
 
     @classmethod
@@ -53,6 +54,7 @@ class HostParked:
             if size and storage.resizable() and (self._forgets or not _is_on_host(storage)):
                 self._parked.append((storage, size, None if self._forgets else self._copy(storage)))
         platform.synchronize()  # the copies are complete
+        self._places = {storage._cdata: copy for storage, _, copy in self._parked if copy is not None}
         for storage, _, _ in self._parked:
             storage.resize_(0)
         platform.empty_cache()
@@ -73,7 +75,7 @@ class HostParked:
             else:
                 _bytes(storage).copy_(copy, non_blocking=True)
         platform.synchronize()
-        self._parked.clear()
+        self._parked.clear(), self._places.clear()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -87,12 +89,14 @@ class HostParked:
                 self.park()
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The tensor's values to read, on the host while it is parked."""
-        for storage, _, copy in self._parked:
-            if copy is not None and storage._cdata == tensor.untyped_storage()._cdata:
-                place = tensor.storage_offset(), tensor.shape, tensor.stride()
-                return tensor.new_empty(0, device=copy.device).set_(copy.untyped_storage(), *place)
-        return tensor
+        """The tensor's values to read, on the host while it is parked; a quantised one's codes, on the device."""
+        if platform.is_quantised(tensor):
+            return platform.rebuilt(tensor, lambda part: self.view(part).to(platform.device())) if self._places else tensor
+        copy = self._places.get(tensor.untyped_storage()._cdata)
+        if copy is None:
+            return tensor
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        return tensor.new_empty(0, device=copy.device).set_(copy.untyped_storage(), *place)
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -106,21 +110,12 @@ def by_owner(owners: Mapping[str, Iterable[Tensor]]) -> dict[str, list[UntypedSt
     out: dict[str, list[UntypedStorage]] = {}
     for name, tensors in owners.items():
         out[name] = []
-        for tensor in (part for whole in tensors for part in _plain(whole)):
+        for tensor in (part for whole in tensors for part in platform.parts_of(whole)):
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 out[name].append(storage)
     return out
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a wrapped one (FP8 with its scales) is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _is_on_host(storage: UntypedStorage) -> bool:

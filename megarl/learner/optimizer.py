@@ -25,10 +25,12 @@ HYBRID = {"cpu_optimizer_cls", "gpu_optimizer_cls", "offload_fraction", "param_u
 HYBRID |= {"pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d", "bias_correction"}  # settings of the hybrid optimizer
 
 
-def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool) -> Any:
+def build_optimizer(
+    settings: Optimizer, dtype: torch.dtype, chunks: list[Any], distributed: bool, fp8_params: str | None = None
+) -> Any:
     """Megatron's optimizer over DDP-wrapped chunks; float32 main weights when `dtype` is bfloat16.
 
-    Raises BadInput when what it needs is not installed.
+    `fp8_params`: the recipe by which the model's weights are kept in FP8. Raises BadInput when what it needs is not installed.
     """
     kind = adam_implementation(settings, dtype)
     try:
@@ -52,6 +54,8 @@ def build_optimizer(settings: Optimizer, dtype: torch.dtype, chunks: list[Any], 
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=distributed,
+        fp8_recipe=fp8_params,
+        reuse_grad_buf_for_mxfp8_param_ag=fp8_params == "mxfp8",
         optimizer_cpu_offload=settings.cpu_offload,
         optimizer_offload_fraction=float(settings.cpu_offload),
         # the hybrid optimizer has the main weights, and gradients reach it as this one's do
@@ -161,6 +165,30 @@ def _parts(optimizer: Any) -> list[Any]:
 
 def _has_parameters(part: Any) -> bool:
     return not getattr(part, "is_stub_optimizer", False)
+
+
+def main_weight(optimizer: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, slice] | None:
+    """This rank's part of a parameter's main weight, and the elements of the flat parameter that it is of.
+
+    Of a distributed optimizer; None when all of it is on other ranks.
+    """
+    for part in _parts(optimizer):
+        if _has_parameters(part) and parameter in part.model_param_gbuf_map:
+            place = part._get_model_param_range_map(parameter)["param"]
+            return parameter.main_param, slice(place.start, place.end)
+    return None
+
+
+@torch.no_grad()
+def renew_weights(optimizer: Any, chunks: list[Any]) -> None:
+    """The model's weights anew from a distributed optimizer's main weights, as after a step. Collective."""
+    for part in filter(_has_parameters, _parts(optimizer)):
+        if part.config.reuse_grad_buf_for_mxfp8_param_ag:
+            part._copy_main_params_to_param_buffer()
+        else:
+            part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def init_state(optimizer: Any) -> None:

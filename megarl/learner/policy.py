@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megarl import platform
 from megarl.config.schema import Config, Model, Optimizer, Parallel
-from megarl.convert import load_hf, read_spec
+from megarl.convert import read_spec
 from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
+from megarl.learner.fp8_params import FP8Params
 from megarl.learner.host_parked import HostParked, by_owner, tensors_of
 from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm, state_tensors
 from megarl.metrics import Max, Mean, Metric, Sum, merge
@@ -108,12 +109,14 @@ class Policy:
         self.chunks = [Float16Module(self.config, m) for m in self._modules] if is_half else self._modules
         for module in self._modules:
             keep_selection_bias(module)
+        self.fp8_params = FP8Params(self._modules)
         # after the wrapper, which would make bfloat16 of its float32 buffers
         self.fp8 = fp8_of(self._modules, cfg.model, spec, mesh)
         self.optimizer = self.schedule = None
         self._gathers_late = False  # updated parameters arrive during the next forward pass
         if optimizer is not None:
             self._prepare_training(optimizer, cfg.parallel, total_steps)
+        self.fp8_params.forget_initial()
         self.updates = 0  # optimizer steps taken: the policy version
         self.routing = RoutingReplay(self._modules, spec, mesh, role) if routing and spec.is_moe else None
         self._run = get_forward_backward_func()
@@ -128,8 +131,8 @@ class Policy:
         weights = [b.param_data for b in buffers if b.param_data is not None]
         return by_owner(
             {
+                "gradients": [b.grad_data for b in buffers],  # mxfp8 parameters are gathered in the same memory
                 "weights": [*weights, *tensors_of(self._modules)],
-                "gradients": [b.grad_data for b in buffers],
                 "optimizer": state_tensors(self.optimizer) if self.optimizer else [],
             }
         )
@@ -143,9 +146,12 @@ class Policy:
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=self._gathers_late,
+            fp8_param_gather=self.config.fp8_param,
+            reuse_grad_buf_for_mxfp8_param_ag=self.config.fp8_param and self.config.fp8_recipe == "mxfp8",
         )
         self.chunks = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
-        self.optimizer = build_optimizer(optimizer, self.dtype, self.chunks, distributed)
+        fp8_params = self.config.fp8_recipe if self.config.fp8_param else None
+        self.optimizer = build_optimizer(optimizer, self.dtype, self.chunks, distributed, fp8_params)
         self.schedule = build_schedule(optimizer, self.optimizer, total_steps)
         config = get_model_config(self.chunks[0])
         config.finalize_model_grads_func = finalize_model_grads
@@ -160,6 +166,7 @@ class Policy:
         if self._gathers_late:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+            self.fp8_params.finish_gather()
         return self._modules
 
     @classmethod
@@ -178,9 +185,7 @@ class Policy:
 
     def load_hf(self, path: str | Path) -> None:
         """Replace the weights, and the optimizer's main copy of them, by those of a Hugging Face folder."""
-        load_hf(path, self._modules, self.spec, self.mesh)
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+        self.fp8_params.load_hf(path, self._modules, self.spec, self.mesh, self.optimizer)
 
     def next_lr(self) -> float:
         """The learning rate of the next optimizer step."""

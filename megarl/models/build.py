@@ -173,7 +173,13 @@ def build_model(
     `ScalarHead` of zeros that shares nothing with the embedding, and outputs `[1, n, 1]`.
     Raises BadInput when the layer provider is not available.
     """
-    provider = layers_of(choose(model).name)
+    choice = choose(model)
+    provider = layers_of(choice.name)
+    if model.fp8_params and model.fp8 != "none" and choice.name != "te":
+        raise BadInput(
+            f"model.fp8_params = true: only Transformer Engine's layers keep weights in FP8 ({choice.why}); set "
+            "model.fp8_params: false, PyTorch's round the same weights to the same numbers at every product"
+        )
     if spec.expert_bias and mesh.etp > 1:
         raise BadInput(
             f"parallel.etp = {mesh.etp}: the experts of {spec.family} have biases, which cannot be shared out; "

@@ -28,6 +28,8 @@ OWNERS = (
     "engine_weights", "engine_kv_cache", "engine_workspace", "sync_buffers", "checkpoint_copy",
 )  # fmt: skip
 LEDGER = {"rollout": "rollout", "sync": "sync", "old_log_probs": "log_probs", "update": "update"}  # a run's names
+# bytes beside its codes, a byte each by rows and by columns, that an element in FP8 takes for scales
+SCALES = {"blockwise": 2 * 4 / 128**2, "mxfp8": 2 / 32}
 RESERVE = {"gpu": 4 * GIB, "cpu": 1 * GIB}
 
 
@@ -160,6 +162,9 @@ def plan_memory(
         if stages is not None and stage not in stages:
             continue
         found = held(cfg, world, rank, models)
+        if cfg.model.fp8_params:  # two codes in place of bfloat16
+            scales = SCALES.get(cfg.model.fp8, 0.0) / ACTIVATION_BYTES[cfg.model.dtype]
+            found = {role: replace(one, weights=one.weights * (1 + scales)) for role, one in found.items()}
         acting = _activations(cfg, spec, row, provider, hardware)
         ranks.append(_rank(cfg, rank, stage, found, engine, plan, acting, rows.micro_batches, copied, is_cpu))
     if reserve is None:
@@ -215,8 +220,8 @@ def _rank(
         return (0.0, size) if is_cpu else (size, 0.0)
 
     # Transformer Engine keeps every linear's weight in FP8 twice, by rows and by columns, from a step's first micro-batch
-    # on; of the embedding, which has none, it is counted too
-    copies = 2 * policy.weights / acting.item if cfg.model.fp8 != "none" and acting.provider == "te" else 0.0
+    # on, unless they are all there is; of the embedding, which has none, it is counted too
+    copies = 2 * policy.weights / acting.item if has_fp8_copies(cfg, acting.provider) else 0.0
     forward = {"activations": here(scoring), "fp8_copies": here(copies)}
     backward = {"activations": here(training), "fp8_copies": here(copies)}
 
@@ -252,6 +257,7 @@ def _rank(
             return {name: here(size) for name, size in engine.items()}
         return {"engine_weights": (0.0, engine["engine_weights"] if level == 1 else 0.0)}
 
+    plain = policy.weights if cfg.model.fp8_params else 0.0  # a checkpoint holds the numbers that codes stand for
     level = memory.sleep_level
     waking = sampler(0) if level == 0 or is_cpu else {"engine_weights": here(engine["engine_weights"])}
     phases = {
@@ -259,12 +265,17 @@ def _rank(
         "sync": learner(False, False) | waking | {"sync_buffers": here(buffer_bytes(plan, rank, is_cpu))},
         "old_log_probs": learner(True, False, referring=True) | sampler(level) | forward,
         "update": learner(True, True) | sampler(level) | backward,
-        "checkpoint": learner(True, True) | sampler(min(level, 1)) | {"checkpoint_copy": (0.0, copied)},
+        "checkpoint": learner(True, True) | sampler(min(level, 1)) | {"checkpoint_copy": (plain, copied)},
     }
     ordered = {
         phase: {owner: owners[owner] for owner in OWNERS if any(owners.get(owner, (0, 0)))} for phase, owners in phases.items()
     }
     return RankPlan(rank, stage, len(layers), ordered, kept)
+
+
+def has_fp8_copies(cfg: Config, provider: str) -> bool:
+    """Whether weights are kept in FP8 beside what the optimizer updates."""
+    return cfg.model.fp8 != "none" and provider == "te" and not cfg.model.fp8_params
 
 
 def estimate(
@@ -291,7 +302,7 @@ def estimate(
         layers = layout.stage_layers(stage)
         kept = most_kept([acting], [layers], stage, rows.micro_batches) + acting.transient(layers, stage == p.pp - 1)
         away = cfg.rl.optimizer.cpu_offload
-        copies = 2 * (dense + experts) if cfg.model.fp8 != "none" and provider_of(cfg, is_cpu) == "te" else 0
+        copies = 2 * (dense + experts) if has_fp8_copies(cfg, provider_of(cfg, is_cpu)) else 0
         most = max(most, trained * (weights + gradients + (0 if away else states)) + kept + copies)
         left = 0 if cfg.memory.param_offload else weights
         left += 0 if cfg.memory.grad_offload in (None, True) else gradients

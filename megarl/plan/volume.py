@@ -93,9 +93,13 @@ class Layout:
         """(dense, expert) parameters of one rank of a stage; norms and routers count as cut over tp, which they are not."""
         p, layers = self.cfg.parallel, [self.shape.layers[i] for i in self.stage_layers(stage)]
         dense = float(sum(layer.attention + layer.dense for layer in layers))
-        dense += self.shape.embedding if stage == 0 else 0
-        dense += self.shape.head if stage == p.pp - 1 else 0
-        return dense / p.tp, sum(layer.experts for layer in layers) / (p.ep * p.etp)
+        return dense / p.tp + self.ends(stage), sum(layer.experts for layer in layers) / (p.ep * p.etp)
+
+    def ends(self, stage: int) -> float:
+        """Of the dense ones, those of the embedding and of the head, which are never in FP8."""
+        p = self.cfg.parallel
+        found = (self.shape.embedding if stage == 0 else 0) + (self.shape.head if stage == p.pp - 1 else 0)
+        return found / p.tp
 
 
 def layout_of(cfg: Config, shape: ModelShape, world: int, rows: Rows) -> Layout:
@@ -252,13 +256,19 @@ def _data_parallel(layout: Layout, stage: int) -> Iterator[Volume]:
     """Gradients are summed, and with the distributed optimizer parameters gathered, once an optimizer step."""
     p = layout.cfg.parallel
     dense, experts = layout.parameters(stage)
-    groups = [("dp", dense, layout.dp * p.cp, p.tp), ("edp", experts, layout.edp, p.etp * p.ep)]
+    model, ends = layout.cfg.model, layout.ends(stage)
+    # mxfp8 parameters are gathered in bfloat16
+    item = 1 if model.fp8_params and model.fp8 in ("tensorwise", "blockwise") else layout.item
+    groups = [
+        ("dp", dense, layout.dp * p.cp, p.tp, layout.item * ends + item * (dense - ends)),
+        ("edp", experts, layout.edp, p.etp * p.ep, item * experts),
+    ]
     # experts have an optimizer of their own, and each of the two gathers all parameters after its step
     times = 2 if experts and not p.overlap_param_gather else 1
-    for group, count, ranks, stride in groups:
+    for group, count, ranks, stride, gathered in groups:
         if p.distributed_optimizer and layout.cfg.model.dtype != "float64":
             yield Volume("update", group, "gradients", "reduce-scatter", ranks, stride, GRADIENT_BYTES * count, 1)
-            gather = Volume("update", group, "parameters", "all-gather", ranks, stride, layout.item * count, 1)
+            gather = Volume("update", group, "parameters", "all-gather", ranks, stride, gathered, 1)
             yield gather.times(times)
         else:
             size = max(GRADIENT_BYTES, layout.item)

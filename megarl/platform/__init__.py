@@ -12,6 +12,11 @@ from types import ModuleType
 
 import torch
 
+from megarl.platform.quantised import forget_initial as forget_initial
+from megarl.platform.quantised import is_quantised as is_quantised
+from megarl.platform.quantised import parts_of as parts_of
+from megarl.platform.quantised import plain as plain
+from megarl.platform.quantised import rebuilt as rebuilt
 from megarl.platform.shared_memory import Gather, Mapped, SharedWindows
 
 _settled = False

@@ -21,6 +21,7 @@ from megarl import platform
 from megarl.config.schema import Parallel
 from megarl.convert import stream_hf
 from megarl.convert.load import matched
+from megarl.convert.stacks import Readable, Stack
 from megarl.errors import RunFailed
 from megarl.models.spec import ModelSpec
 from megarl.rollout.checksums import differing_tensors
@@ -94,10 +95,13 @@ class WeightSync:
     def run(self, chunks: list[nn.Module], policy_version: int) -> SyncReport:
         """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
         start = time.perf_counter()
-        held = self.held(chunks)
-        if self.weights is not None and self.weights.is_parked:  # their places on the host change from sync to sync
+        tensors = self._tensors(chunks)
+        parts = (part for held in tensors.values() for part in (held.parts if isinstance(held, Stack) else [held]))
+        # their places on the host change from sync to sync, and numbers of quantised ones are made anew in each
+        if (self.weights is not None and self.weights.is_parked) or any(map(platform.is_quantised, parts)):
             self.exchange.is_mappable = False
-        self._check(held)
+        self._check(tensors)
+        held = self._readable(tensors)
         if self.plan.whole:
             self.engine.load_weights(self.plan.follow(self._full_tensors(held)), policy_version)
         else:
@@ -115,13 +119,18 @@ class WeightSync:
         """(device, host) bytes that the last sync needed beside the weights, at most at one time."""
         return _placed(self.exchange.window_bytes + self.exchange.message_bytes)
 
-    def held(self, chunks: list[nn.Module]) -> Mapping[str, Tensor]:
+    def held(self, chunks: list[nn.Module]) -> Mapping[str, Tensor | Stack]:
         """Megatron name -> this rank's parameter, to read, on the host where it is parked there; or what is sent of it."""
-        view = self.weights.view if self.weights is not None else torch.Tensor.detach
-        parameters = {name: view(tensor) for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+        return self._readable(self._tensors(chunks))
+
+    def _tensors(self, chunks: list[nn.Module]) -> dict[str, Tensor | Stack]:
+        return {name: tensor for name, (_, tensor) in matched(chunks, self.plan.spec).items()}
+
+    def _readable(self, tensors: Mapping[str, Tensor | Stack]) -> Mapping[str, Tensor | Stack]:
+        parameters = Readable(tensors, self.weights.view if self.weights is not None else torch.Tensor.detach)
         return parameters if self.plan.fp8 is None else Coded(parameters, self.plan, self.mesh.rank)
 
-    def _check(self, held: Mapping[str, Tensor]) -> None:
+    def _check(self, held: Mapping[str, Tensor | Stack]) -> None:
         """Raises RunFailed for a parameter that this rank has and the plan does not give it, or the other way round."""
         planned = self.plan.held(self.mesh.rank)
         found = {name: tuple(held[name].shape) for name in held if name in planned or not self.plan.is_copy(name)}

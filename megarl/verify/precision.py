@@ -122,7 +122,8 @@ def render(gaps: dict[str, Gap]) -> list[str]:
 
 def _measure(cfg: Config, path: Path, mesh: Mesh, batches: list[Batch], model: dict[str, str]) -> Found:
     """The second batch; the first one gives delayed scales a past."""
-    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=model), "parallel": Parallel()})
+    own = model | {"fp8_params": False}  # the same numbers, and not of every recipe
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=own), "parallel": Parallel()})
     policy = Policy.from_hf(path, cfg, mesh, optimizer=Optimizer(lr=1e-9, clip_grad=0.0))
     before, packed = (pack(batch, range(len(batch)), policy.layout) for batch in batches)
     if policy.fp8 is not None:

@@ -26,6 +26,7 @@ def fp8_settings(model: Model) -> dict[str, Any]:
     return dict(
         fp8="e4m3" if recipe.gradients is E4M3 else "hybrid",
         fp8_recipe=recipe.name,
+        fp8_param=model.fp8_params,
         fp8_margin=model.fp8_margin,
         fp8_amax_history_len=model.fp8_history,
         fp8_amax_compute_algo=model.fp8_amax,
