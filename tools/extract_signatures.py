@@ -29,6 +29,7 @@ class Wanted:
 
 
 TE, PT = "transformer_engine", "transformer_engine.pytorch"
+QUANTISED = ("Float8Tensor", "Float8BlockwiseQTensor", "mxfp8_tensor.MXFP8Tensor")
 WANTED = {
     "transformer-engine": Wanted(
         "2.11.0",
@@ -56,7 +57,13 @@ WANTED = {
             f"{PT}.distributed.checkpoint": (),
             f"{PT}.distributed.activation_recompute_forward": (),
             f"{PT}.distributed.CudaRNGStatesTracker": ("__init__", "reset", "set_states", "add"),
-            f"{PT}.tensor.QuantizedTensor": ("dequantize",),
+            f"{PT}.tensor.QuantizedTensor": ("dequantize", "quantize_", "detach", "get_metadata", "make_like"),
+            **{f"{PT}.tensor.{kind}": ("dequantize", "quantize_", "detach") for kind in QUANTISED},
+            **{f"{PT}.tensor.{kind}Storage": ("__new__", "get_metadata") for kind in QUANTISED[:2]},
+            f"{PT}.tensor.MXFP8TensorStorage": ("__new__", "get_metadata"),
+            f"{PT}.tensor.utils.replace_raw_data": (),
+            f"{PT}.tensor.utils.cast_master_weights_to_fp8": (),
+            f"{PT}.tensor.utils.post_all_gather_processing": (),
             f"{PT}.router.fused_topk_with_score_function": (),
             f"{PT}.router.fused_compute_score_for_moe_aux_loss": (),
             f"{PT}.router.fused_moe_aux_loss": (),

@@ -36,14 +36,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         encoding_of(config, where)  # how the weights are stored is no part of the architecture
         config.pop(QUANTISED, None)
         return family(config.get("model_type"), where).read_config(config, where)
-    except (
-        TypeError,
-        AttributeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        ArithmeticError,
-    ) as error:  # a value of a kind that
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError, ArithmeticError) as error:  # a value of a kind that
         line = " ".join(str(error).split())[:200]  # no config.json has: text for a number, a list for an object
         raise BadInput(f"{where}: malformed ({type(error).__name__}: {line}); restore the file") from None
 

@@ -29,11 +29,7 @@ class FP8Params:
     """The quantised parameters of a policy's modules; of most models none, and then every method is a plain one."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        """After the modules' precision is settled and before DDP wraps them."""
         self.parameters = [p for module in modules for p in module.parameters() if platform.is_quantised(p)]
-        for parameter in self.parameters:
-            # Megatron's wrapper set their `.data`, and there Transformer Engine takes over that a cast tensor has no gradient
-            parameter.requires_grad_(True)
 
     def forget_initial(self) -> None:
         """Drop what the weights were initialised with, which is on the host, once there are main weights."""
@@ -54,6 +50,26 @@ class FP8Params:
             optimizer.reload_model_params()
         for main, numbers in exact:
             main.copy_(numbers)
+
+    @torch.no_grad()
+    def step(self, optimizer: Any, chunks: list[Any]) -> None:
+        """`step_with_ready_grads`, with one gather after it where parameters are gathered in the gradients' memory (mxfp8).
+
+        Megatron gathers all of them after the step of the dense ones, which is before that of the experts, and so replaces
+        the experts' gradients.
+        """
+        if not (self.parameters and optimizer.config.reuse_grad_buf_for_mxfp8_param_ag):
+            optimizer.step_with_ready_grads()
+            return
+        for chunk in chunks:
+            chunk.start_param_sync = lambda **_: None
+        try:
+            optimizer.step_with_ready_grads()
+        finally:
+            for chunk in chunks:
+                del chunk.start_param_sync
+        for chunk in chunks:
+            chunk.start_param_sync()
 
     def finish_gather(self) -> None:
         """What follows a gather of codes, their copy by columns: Megatron leaves it out when it is forced to gather early."""

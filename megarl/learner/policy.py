@@ -296,7 +296,7 @@ class Policy:
         if reason:
             return REASONS[reason], grad_norm
         clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
-        self.optimizer.step_with_ready_grads()
+        self.fp8_params.step(self.optimizer, self.chunks)
         self.schedule.step(1)
         self.updates += 1
         return "", grad_norm

@@ -3,7 +3,8 @@
 Public names, signatures, parameter names and shapes are those of the pinned release, read from `tests/signatures`: a call
 that the release would refuse is refused here. Around them is plain PyTorch, written from the release's documentation, with
 none of its kernels and no FP8. So it shows that Megatron's wrappers and megarl's provider are put together right: arguments,
-layouts, names, shards, gradients. What Transformer Engine itself computes is left to tests/gpu.
+layouts, names, shards, gradients. Weights alone are rounded to FP8, where they are FP8 parameters (`te_quantised`) and by the
+same recipes where they are not. What Transformer Engine itself computes is left to tests/gpu.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.dist import te_quantised
+from tests.dist.te_quantised import Parameters, Quantizer
 from tests.signatures import load, signature
 
 NAME = "transformer_engine"
@@ -47,7 +50,7 @@ def _bound(text: str, method: Callable) -> Callable:
                 found |= found.pop(parameter.name)
         return method(**(found if takes_all else {k: v for k, v in found.items() if k in own.parameters}))
 
-    call.plain = method  # type: ignore[attr-defined]
+    call.plain, call.__signature__ = method, release  # type: ignore[attr-defined]
     return call
 
 
@@ -56,7 +59,7 @@ def _like(name: str) -> Callable[[type], type]:
 
     def decorate(kind: type) -> type:
         for method, text in TABLE[name].items():
-            if method in kind.__dict__ and isinstance(text, str):
+            if callable(kind.__dict__.get(method)) and isinstance(text, str):
                 setattr(kind, method, _bound(text, kind.__dict__[method]))
         return kind
 
@@ -103,6 +106,7 @@ class Linear(Base):
         self.use_bias, self.return_bias = bias, return_bias
         self._register(self.table, ["weight"], params_dtype)
         init_method(self.weight)
+        Parameters.wrap(self, "weight")
         _mark(self.weight, 1 if parallel_mode == "row" else 0)
         if bias:
             self._register(self.table, ["bias"], params_dtype)
@@ -135,7 +139,7 @@ class Linear(Base):
             copy = mappings.copy_to_tensor_model_parallel_region
             inp = (gather if self.sequence_parallel else copy)(inp, group=self.tp_group)
         self._note(inp)
-        out = F.linear(inp, self.weight)
+        out = F.linear(inp, FP8GlobalStateManager.operand(self.weight))
         if not alone and self.parallel_mode == "row":
             scatter = mappings.reduce_scatter_to_sequence_parallel_region
             reduce = mappings.reduce_from_tensor_model_parallel_region
@@ -184,6 +188,7 @@ class GroupedLinear(Base):
         for i in range(num_gemms):
             self._register(self.table, ["weight{i}", *(["bias{i}"] if bias else [])], params_dtype, i=i)
             init_method(getattr(self, f"weight{i}"))
+            Parameters.wrap(self, f"weight{i}")
             _mark(getattr(self, f"weight{i}"), 1 if parallel_mode == "row" else 0)
             if bias:
                 nn.init.zeros_(getattr(self, f"bias{i}"))
@@ -191,7 +196,8 @@ class GroupedLinear(Base):
     def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None) -> Any:
         assert isinstance(m_splits, list) and len(m_splits) == self.num_gemms and sum(m_splits) == len(inp)
         self._note(inp)
-        parts = [F.linear(rows, getattr(self, f"weight{i}")) for i, rows in enumerate(inp.split(m_splits))]
+        weights = [FP8GlobalStateManager.operand(getattr(self, f"weight{i}")) for i in range(self.num_gemms)]
+        parts = [F.linear(rows, weight) for rows, weight in zip(inp.split(m_splits), weights, strict=True)]
         if not self.use_bias:
             return torch.cat(parts)
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)]
@@ -277,20 +283,26 @@ class Fp8Unpadding(_Aligned):
 
 class FP8GlobalStateManager:
     enabled = False
+    quantizer: Quantizer | None = None
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
         return FP8GlobalStateManager.enabled
 
+    @classmethod
+    def operand(cls, weight: Tensor) -> Tensor:
+        return te_quantised.operand(weight, cls.quantizer if cls.enabled else None)
+
 
 def _autocast(enabled: bool, fp8_recipe: Any, **_: Any) -> Any:
     @contextlib.contextmanager
     def inside() -> Iterator[None]:
-        before, FP8GlobalStateManager.enabled = FP8GlobalStateManager.enabled, enabled
+        state = FP8GlobalStateManager
+        before, state.enabled, state.quantizer = (state.enabled, state.quantizer), enabled, Quantizer.of(fp8_recipe)
         try:
             yield
         finally:
-            FP8GlobalStateManager.enabled = before
+            state.enabled, state.quantizer = before
 
     return inside()
 
@@ -334,6 +346,7 @@ def install(capability: int = 90) -> None:
         "Linear": Linear, "LayerNormLinear": LayerNormLinear, "GroupedLinear": GroupedLinear, "RMSNorm": RMSNorm,
         "LayerNorm": RMSNorm, "DotProductAttention": DotProductAttention, "Fp8Padding": Fp8Padding,
         "Fp8Unpadding": Fp8Unpadding, "fp8_autocast": _function(f"{NAME}.pytorch.fp8_autocast", _autocast),
+        "fp8_model_init": _function(f"{NAME}.pytorch.fp8_model_init", te_quantised.fp8_model_init),
     }  # fmt: skip
     for name, answer in said.items():
         pytorch[name] = _function(f"{NAME}.pytorch.{name}", lambda return_reason, a=answer: a if return_reason else a[0])
@@ -359,9 +372,18 @@ def install(capability: int = 90) -> None:
             "activation_recompute_forward": type("activation_recompute_forward", (), {}),
             "checkpoint": _function(f"{NAME}.pytorch.distributed.checkpoint", _absent),
         },
-        ".pytorch.tensor": {"QuantizedTensor": type("QuantizedTensor", (Tensor,), {})},
+        ".pytorch.tensor": {
+            name: _like(f"{NAME}.pytorch.tensor.{name}")(getattr(te_quantised, name))
+            for name in ("QuantizedTensor", "Float8Tensor", "Float8BlockwiseQTensor")
+        },
+        ".pytorch.tensor.mxfp8_tensor": {"MXFP8Tensor": te_quantised.MXFP8Tensor},
+        ".pytorch.tensor.utils": {
+            name: _function(f"{NAME}.pytorch.tensor.utils.{name}", getattr(te_quantised, name))
+            for name in ("replace_raw_data", "cast_master_weights_to_fp8", "post_all_gather_processing")
+        },
         ".pytorch.router": {name: _function(f"{NAME}.pytorch.router.{name}", _absent) for name in routing},
     }
+    te_quantised.cast_modules()
     for suffix, content in members.items():
         module = types.ModuleType(NAME + suffix)
         module.__path__ = []
