@@ -257,14 +257,14 @@ def _data_parallel(layout: Layout, stage: int) -> Iterator[Volume]:
     p = layout.cfg.parallel
     dense, experts = layout.parameters(stage)
     model, ends = layout.cfg.model, layout.ends(stage)
-    # mxfp8 parameters are gathered in bfloat16
-    item = 1 if model.fp8_params and model.fp8 in ("tensorwise", "blockwise") else layout.item
+    mxfp8 = model.fp8_params and model.fp8 == "mxfp8"  # gathered in bfloat16, together
+    item = 1 if model.fp8_params and not mxfp8 else layout.item
     groups = [
         ("dp", dense, layout.dp * p.cp, p.tp, layout.item * ends + item * (dense - ends)),
         ("edp", experts, layout.edp, p.etp * p.ep, item * experts),
     ]
     # experts have an optimizer of their own, and each of the two gathers all parameters after its step
-    times = 2 if experts and not p.overlap_param_gather else 1
+    times = 2 if experts and not p.overlap_param_gather and not mxfp8 else 1
     for group, count, ranks, stride, gathered in groups:
         if p.distributed_optimizer and layout.cfg.model.dtype != "float64":
             yield Volume("update", group, "gradients", "reduce-scatter", ranks, stride, GRADIENT_BYTES * count, 1)

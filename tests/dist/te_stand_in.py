@@ -70,7 +70,7 @@ class Base(nn.Module):
     def _register(self, name: str, wanted: list[str], dtype: torch.dtype, **place: int) -> None:
         """Parameters of the release, in its shapes."""
         for pattern in wanted:
-            shape = eval(TABLE[name]["parameters"][pattern], {}, {"self": self})  # noqa: S307
+            shape = eval(TABLE[name]["parameters"][pattern], {}, {"self": self})
             shape = shape if isinstance(shape, tuple) else (shape,)
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
             self.register_parameter(pattern.format(**place), parameter)
@@ -101,7 +101,7 @@ class Linear(Base):
         self, in_features: int, out_features: int, sequence_parallel: bool, tp_group: Any, tp_size: int, init_method: Any,
         bias: bool, return_bias: bool, params_dtype: torch.dtype, parallel_mode: str | None, **_: Any,
     ) -> None:  # fmt: skip
-        super(Linear, self).__init__()
+        super().__init__()
         self._build(in_features, out_features, sequence_parallel, tp_group, tp_size, parallel_mode)
         self.use_bias, self.return_bias = bias, return_bias
         self._register(self.table, ["weight"], params_dtype)
@@ -181,7 +181,7 @@ class GroupedLinear(Base):
         self, num_gemms: int, in_features: int, out_features: int, tp_group: Any, tp_size: int, init_method: Any,
         bias: bool, return_bias: bool, params_dtype: torch.dtype, parallel_mode: str | None, **_: Any,
     ) -> None:  # fmt: skip
-        super(GroupedLinear, self).__init__()
+        super().__init__()
         assert tp_size == 1, "Megatron leaves the communication of experts to its dispatchers"
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.return_bias, self.save_original_input = bias, return_bias, False
@@ -211,7 +211,7 @@ class RMSNorm(Base):
     def __init__(
         self, hidden_size: int, eps: float, sequence_parallel: bool, params_dtype: torch.dtype, **_: Any
     ) -> None:
-        super(RMSNorm, self).__init__()
+        super().__init__()
         assert TABLE[f"{NAME}.pytorch.ops.basic.rmsnorm.RMSNorm"]["parameters"].keys() == {"weight"}
         self.weight, self.eps = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype)), eps
         self.weight.sequence_parallel = sequence_parallel
@@ -226,7 +226,7 @@ class DotProductAttention(Base):
         self, num_attention_heads: int, num_gqa_groups: int, tp_size: int, attn_mask_type: str, cp_comm_type: str,
         softmax_scale: float | None, cp_group: Any, **_: Any,
     ) -> None:  # fmt: skip
-        super(DotProductAttention, self).__init__()
+        super().__init__()
         assert attn_mask_type == "causal" and num_attention_heads % num_gqa_groups == 0 and num_gqa_groups % tp_size == 0
         self.num_gqa_groups_per_partition, self.scale = num_gqa_groups // tp_size, softmax_scale
         self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
@@ -252,7 +252,7 @@ class DotProductAttention(Base):
 
 class _Aligned(nn.Module):
     def __init__(self, num_gemms: int) -> None:
-        super(_Aligned, self).__init__()
+        super().__init__()
         self.num_gemms = num_gemms
 
     @staticmethod

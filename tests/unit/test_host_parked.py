@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megarl import platform
 from megarl.learner import host_parked
 from megarl.learner.host_parked import HostParked, by_owner
+from tests.dist.te_quantised import MXFP8Tensor, Quantizer
 
 
 @pytest.fixture
@@ -88,28 +90,14 @@ def test_modules_are_parked_with_parameters_and_buffers(device_apart):
     assert [storage.data_ptr() for storage in parked.storages] == copies  # and are not made again
 
 
-def test_the_parts_of_a_wrapped_tensor_are_parked(device_apart):
-    """As FP8 tensors are: values and scales in tensors of their own."""
-
-    class Wrapped(torch.Tensor):
-        @staticmethod
-        def __new__(cls, values, scale):
-            return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
-
-        def __init__(self, values, scale):
-            self.values, self.scale = values, scale
-
-        def __tensor_flatten__(self):
-            return ["values", "scale"], None
-
-        @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-            raise NotImplementedError(str(func))
-
-    wrapped = Wrapped(torch.arange(4, dtype=torch.int8), torch.tensor(0.5))
-    parked = HostParked(lambda: by_owner({"": [wrapped]})[""])
+def test_the_parts_of_a_quantised_tensor_are_parked_and_shown(device_apart):
+    values = torch.randn(64, 32).bfloat16()
+    quantised = Quantizer(MXFP8Tensor, (1, 32), True)(values)
+    numbers = quantised.dequantize()
+    parked = HostParked(lambda: by_owner({"": [quantised]})[""])
     parked.park()
-    assert sum(storage.nbytes() for storage in parked.storages) == 8
-    assert wrapped.values.untyped_storage().nbytes() == 0
+    assert sum(storage.nbytes() for storage in parked.storages) == 2 * values.numel() + 64 * 4  # by rows, columns; scales
+    assert all(part.untyped_storage().nbytes() == 0 for part in platform.parts_of(quantised))
+    assert torch.equal(parked.view(quantised).dequantize(), numbers)
     parked.unpark()
-    assert torch.equal(wrapped.values, torch.arange(4, dtype=torch.int8)) and wrapped.scale == 0.5
+    assert torch.equal(quantised.dequantize(), numbers) and torch.equal(quantised.columns, quantised.codes.t())

@@ -200,6 +200,18 @@ def test_data_parallel_by_hand(layout):
     assert whole == {("gradients", "all-reduce"): 4 * dense}
 
 
+def test_fp8_parameters_are_gathered_as_bytes_but_those_of_the_ends_and_of_mxfp8(layout):
+    plain = layout(4, ep=2)
+    ends, experts = SMALL.embedding + SMALL.head, SMALL.expert_parameters / 2
+    dense = SMALL.parameters - SMALL.expert_parameters
+    expected = {"blockwise": (2 * (dense + ends), 2 * experts), "mxfp8": (2 * dense, 2 * experts)}  # mxfp8: once
+    for recipe, (own, of_experts) in expected.items():
+        model = plain.cfg.model.model_copy(update={"dtype": "bfloat16", "fp8": recipe, "fp8_params": True})
+        volumes = update_volumes(replace(plain, cfg=plain.cfg.model_copy(update={"model": model})), 0)
+        assert by(volumes, "dp")["parameters", "all-gather"] == own
+        assert by(volumes, "edp")["parameters", "all-gather"] == of_experts
+
+
 def test_volumes_double_with_the_tokens_and_not_with_the_rows(layout):
     rows = ROWS
     degrees = dict(tp=2, pp=2, cp=2, ep=2)
