@@ -102,13 +102,11 @@ def agree(path: str, saved: str, recipe: str, degrees: dict[str, Any]) -> dict[s
     streamed = run.streamed()
     out: dict[str, Any] = {
         "quantised": len(run.quantised()),
-        "trained": all(p.requires_grad for p in run.quantised()),
         "initial": any(p.get_high_precision_init_val() is not None for p in run.quantised()),
         "start": equal(run.log_probs(), start) and run.holds_main(),
         # main weights have more than 4 bits of mantissa, weights have not
         "exact": [bool((m[0].bfloat16() != platform.plain(p).view(-1)[m[1]]).any()) for p, m in mains if m is not None],
         "rounded": sum(not torch.equal(streamed[name], folder[name]) for name in folder),
-        "bytes": [sum(b.param_data.nbytes for c in run.policy.chunks for b in c.buffers if b.param_dtype == torch.uint8)],
     }
     run.step(), run.checkpointer.save(1)
     codes = run.codes()

@@ -21,17 +21,33 @@ def folder(tmp_path_factory):
 
 
 def hold(where: str, found: dict) -> None:
-    assert found["quantised"] > 0 and found["trained"] and not found["initial"], where
+    """What `agree` must have found on every rank; all but norms is equal bit for bit."""
+    assert found["quantised"] > 0 and not found["initial"], where
     assert found["exact"] and all(found["exact"]) and found["rounded"] > 0, where
-    for name in ("start", "middle", "end", "main", "resumed", "resumed end", "export"):
+    for name in ("start", "middle", "end", "main", "resumed", "resumed end", "plain into fp8", "plain into fp8 end", "export"):
         assert found[name], f"{where}: {name}"
-    for name in ("plain into fp8", "plain into fp8 end"):
-        assert found[name], f"{where}: {name}"
+    if "tensorwise" not in where:  # whose scales are no powers of two: a number that was rounded can round to another
+        assert found["fp8 into plain"] and found["fp8 into plain end"], where
     assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-6), where
 
 
-@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8"])
-def test_one_rank(recipe, folder, tmp_path):
+@pytest.mark.parametrize(
+    "recipe", ["blockwise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensorwise", "mxfp8"))]
+)
+def test_fp8_parameters_give_the_run_of_bfloat16_ones(recipe, folder, tmp_path):
     steps = {recipe: ("agree", dict(path=folder, saved=str(tmp_path), recipe=recipe, degrees={}))}
-    for found in run_in_turn(MODULE, 1, steps)[recipe]:
-        hold(recipe, found)
+    (found,) = run_in_turn(MODULE, 1, steps)[recipe]
+    hold(recipe, found)
+
+
+@pytest.mark.slow
+def test_so_they_do_on_two_ranks(folder, tmp_path):
+    pairs = [("blockwise", OVERLAP), ("tensorwise", OVERLAP), ("mxfp8", {}), ("mxfp8", {"ep": 2}), ("blockwise", {"tp": 2})]
+    pairs += [("blockwise", {"pp": 2})]
+    steps = {
+        f"{recipe} {degrees}": ("agree", dict(path=folder, saved=str(tmp_path / str(i)), recipe=recipe, degrees=degrees))
+        for i, (recipe, degrees) in enumerate(pairs)
+    }
+    for where, ranks in run_in_turn(MODULE, 2, steps).items():
+        for found in ranks:
+            hold(where, found)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megarl import platform
+from megarl.checkpoint import Checkpointer
 from megarl.config.schema import Config, Model, Optimizer, Parallel
 from megarl.convert import stream_gradients
 from megarl.data.packing import micro_batches, pack
@@ -53,6 +56,48 @@ def passes(path: str, degrees: dict[str, Any], variants: dict[str, dict[str, Any
             "cosine": float(torch.nn.functional.cosine_similarity(own_gradients, gradients, dim=0)),
             "finite": bool(own_gradients.isfinite().all()),
         }
+    return out
+
+
+def fp8_params(path: str, saved: str, recipe: str) -> dict[str, Any]:
+    """Steps with FP8 parameters and without: relative distances of log-probs from bfloat16's, and from each other."""
+    found: dict[str, list[torch.Tensor]] = {}
+    out: dict[str, Any] = {}
+
+    def start(**model: Any) -> tuple[Policy, list]:
+        cfg = Config(model=Model(path=path, layers="te", dtype="bfloat16", **model))
+        policy = Policy.from_hf(path, cfg, Mesh.build(cfg.parallel), optimizer=Optimizer(lr=1e-3, clip_grad=0.0), total_steps=10)
+        return policy, micro_batches(fixed_batch(), 400, policy.layout)
+
+    def checkpointer(policy: Policy) -> Checkpointer:
+        made = Checkpointer(Path(saved), policy.mesh, keep=1)
+        made.register("policy", policy)
+        return made
+
+    def bits(policy: Policy) -> list[torch.Tensor]:
+        return [part.cpu() for p in policy.fp8_params.parameters for part in platform.parts_of(p)]
+
+    def log_probs(policy: Policy, packed: list) -> torch.Tensor:
+        return torch.cat([x.double() for x in policy.log_probs(packed)[0]])
+
+    kept: list[torch.Tensor] = []
+    for name, model in {"bfloat16": {}, "plain": {"fp8": recipe}, "params": {"fp8": recipe, "fp8_params": True}}.items():
+        policy, packed = start(**model)
+        found[name] = [log_probs(policy, packed)]
+        policy.train_step(packed, negative_log_likelihood)
+        if name == "params":
+            out["quantised"], kept = len(policy.fp8_params.parameters), bits(policy)
+            out["trained"] = all(p.requires_grad for p in policy.fp8_params.parameters)
+            checkpointer(policy).save(1)
+            policy.parked["weights"].park(), policy.parked["weights"].unpark()
+        policy.train_step(packed, negative_log_likelihood)
+        found[name].append(log_probs(policy, packed))
+        torn_down()
+    policy, packed = start(fp8=recipe, fp8_params=True)
+    checkpointer(policy).load_latest()
+    out["resumed"] = all(map(torch.equal, bits(policy), kept)) and len(kept) > 0
+    for name, one, other in (("rounding", "plain", "bfloat16"), ("gap", "params", "plain")):
+        out[name] = [float((a - b).norm() / b.norm()) for a, b in zip(found[one], found[other], strict=True)]
     return out
 
 

@@ -77,6 +77,17 @@ def test_fp8_recipe_is_as_far_from_bfloat16_as_its_emulation(recipe, folder):
     assert found["te"]["cosine"] >= 0.95, found
 
 
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8"])
+def test_fp8_parameters_are_what_products_round_to(recipe, folder, tmp_path):
+    problem = installed()[1 + list(features.TE_RECIPES).index(recipe)]
+    if problem is not None:
+        pytest.skip(problem)
+    (found,) = run_ranks(f"{MODULE}:fp8_params", 1, folder, str(tmp_path), recipe)
+    assert found["quantised"] > 0 and found["trained"] and found["resumed"], found
+    for rounding, gap in zip(found["rounding"], found["gap"], strict=True):
+        assert gap <= rounding / 10, found
+
+
 def test_documents_of_a_row_do_not_see_each_other(folder):
     (found,) = run_ranks(f"{MODULE}:borders", 1, folder)
     assert found["own"] > 1e-3 and found["others"] == 0, found
