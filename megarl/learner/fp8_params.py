@@ -2,7 +2,8 @@
 
 After a step Megatron's distributed optimizer rounds its float32 main weights to the parameters' nominal bfloat16 and that to
 FP8 (Transformer Engine's `cast_master_weights_to_fp8`), with the scales that the layers' products would make of bfloat16
-weights: products see the same numbers as without. What is kept exact are the main weights alone.
+weights: products see the same numbers as without. What is kept exact are the main weights alone. (While a model is built,
+Transformer Engine keeps what its weights were initialised with on the host, in bfloat16: Megatron makes main weights of that.)
 """
 
 from __future__ import annotations

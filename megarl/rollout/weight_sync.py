@@ -96,9 +96,8 @@ class WeightSync:
         """Raises RunFailed when the learner's parameters are not the plan's or the engine refuses something."""
         start = time.perf_counter()
         tensors = self._tensors(chunks)
-        parts = (part for held in tensors.values() for part in (held.parts if isinstance(held, Stack) else [held]))
         # their places on the host change from sync to sync, and numbers of quantised ones are made anew in each
-        if (self.weights is not None and self.weights.is_parked) or any(map(platform.is_quantised, parts)):
+        if (self.weights is not None and self.weights.is_parked) or chunks[0].config.fp8_param:
             self.exchange.is_mappable = False
         self._check(tensors)
         held = self._readable(tensors)
