@@ -30,9 +30,15 @@ from tests.dist.provider_cases import torn_down  # noqa: E402
 from megatron.core.distributed import param_and_grad_buffer as buffers  # isort: skip  # noqa: E402
 
 features.transformer_engine_problem = lambda: None  # there is no CUDA device
+
+
+def alone(plain: Any) -> Any:
+    return lambda *args, async_op, **how: plain(*args, **how)
+
+
 # gloo makes one buffer of what Megatron gathers at once, of the first one's dtype: bytes and bfloat16 one by one then
-gather = buffers.dist_all_gather_func
-buffers.dist_all_gather_func = lambda out, part, group, async_op: gather(out, part, group=group)
+buffers.dist_all_gather_func = alone(buffers.dist_all_gather_func)
+buffers.dist_reduce_scatter_func = alone(buffers.dist_reduce_scatter_func)
 buffers._coalescing_manager = lambda *_, **__: contextlib.nullcontext(types.SimpleNamespace(wait=lambda: None))
 STEPS = 2
 
