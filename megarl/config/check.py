@@ -157,7 +157,7 @@ def _check_fp8_params(config: Config) -> None:
     elif model.dtype != "bfloat16":
         reason = f"model.dtype = {model.dtype!r}: Transformer Engine's FP8 layers take bfloat16; set model.dtype: bfloat16"
     elif model.fp8 == "delayed":
-        reason = "model.fp8 = 'delayed': its scales start at 1, so the first weights would be lost; set model.fp8: tensorwise"
+        reason = "model.fp8 = 'delayed': its scales start at 1, by which small weights are 0; set model.fp8: tensorwise"
     elif not parallel.distributed_optimizer:
         reason = "it is a part of Megatron's distributed optimizer; set parallel.distributed_optimizer: true"
     elif model.fp8 == "mxfp8" and parallel.overlap_param_gather:
