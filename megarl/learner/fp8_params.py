@@ -52,26 +52,6 @@ class FP8Params:
         for main, numbers in exact:
             main.copy_(numbers)
 
-    @torch.no_grad()
-    def step(self, optimizer: Any, chunks: list[Any]) -> None:
-        """`step_with_ready_grads`, with one gather after it where parameters are gathered in the gradients' memory (mxfp8).
-
-        Megatron gathers all of them after the step of the dense ones, which is before that of the experts, and so replaces
-        the experts' gradients.
-        """
-        if not (self.parameters and optimizer.config.reuse_grad_buf_for_mxfp8_param_ag):
-            optimizer.step_with_ready_grads()
-            return
-        for chunk in chunks:
-            chunk.start_param_sync = lambda **_: None
-        try:
-            optimizer.step_with_ready_grads()
-        finally:
-            for chunk in chunks:
-                del chunk.start_param_sync
-        for chunk in chunks:
-            chunk.start_param_sync()
-
     def finish_gather(self) -> None:
         """What follows a gather of codes, their copy by columns: Megatron leaves it out when it is forced to gather early."""
         if self.parameters:

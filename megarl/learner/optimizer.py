@@ -158,6 +158,29 @@ def clip_gradient(optimizer: Any, norm: float, largest: float) -> None:
             torch._foreach_mul_(gradients, scale)
 
 
+@torch.no_grad()
+def step_optimizer(optimizer: Any, chunks: list[Any]) -> None:
+    """`step_with_ready_grads`, after which parameters are gathered once.
+
+    Megatron gathers all of them after the step of the dense ones and again after that of the experts: half of it for nothing,
+    and where parameters are gathered in the gradients' memory (mxfp8) the experts' gradients are gone by their step.
+    """
+    parts = list(filter(_has_parameters, _parts(optimizer)))
+    ddp = getattr(parts[0], "ddp_config", None) if len(parts) > 1 else None  # of a distributed optimizer
+    if ddp is None or ddp.overlap_param_gather:
+        optimizer.step_with_ready_grads()
+        return
+    for chunk in chunks:
+        chunk.start_param_sync = lambda **_: None
+    try:
+        optimizer.step_with_ready_grads()
+    finally:
+        for chunk in chunks:
+            del chunk.start_param_sync
+    for chunk in chunks:
+        chunk.start_param_sync()
+
+
 def _parts(optimizer: Any) -> list[Any]:
     """Dense parameters and experts have optimizers of their own; those of all virtual stages too."""
     return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -19,7 +19,14 @@ from megarl.data.packing import BatchLayout
 from megarl.errors import BadInput
 from megarl.learner.fp8_params import FP8Params
 from megarl.learner.host_parked import HostParked, by_owner, tensors_of
-from megarl.learner.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm, state_tensors
+from megarl.learner.optimizer import (
+    build_optimizer,
+    build_schedule,
+    clip_gradient,
+    gradient_norm,
+    state_tensors,
+    step_optimizer,
+)
 from megarl.metrics import Max, Mean, Metric, Sum, merge
 from megarl.models.build import DTYPES, build_model, transformer_config
 from megarl.models.fp8 import recipe_of
@@ -296,7 +303,7 @@ class Policy:
         if reason:
             return REASONS[reason], grad_norm
         clip_gradient(self.optimizer, grad_norm, self.optimizer.config.clip_grad)
-        self.fp8_params.step(self.optimizer, self.chunks)
+        step_optimizer(self.optimizer, self.chunks)
         self.schedule.step(1)
         self.updates += 1
         return "", grad_norm

@@ -263,13 +263,10 @@ def _data_parallel(layout: Layout, stage: int) -> Iterator[Volume]:
         ("dp", dense, layout.dp * p.cp, p.tp, layout.item * ends + item * (dense - ends)),
         ("edp", experts, layout.edp, p.etp * p.ep, item * experts),
     ]
-    # experts have an optimizer of their own, and each of the two gathers all parameters after its step
-    times = 2 if experts and not p.overlap_param_gather and not mxfp8 else 1
     for group, count, ranks, stride, gathered in groups:
         if p.distributed_optimizer and layout.cfg.model.dtype != "float64":
             yield Volume("update", group, "gradients", "reduce-scatter", ranks, stride, GRADIENT_BYTES * count, 1)
-            gather = Volume("update", group, "parameters", "all-gather", ranks, stride, gathered, 1)
-            yield gather.times(times)
+            yield Volume("update", group, "parameters", "all-gather", ranks, stride, gathered, 1)
         else:
             size = max(GRADIENT_BYTES, layout.item)
             yield Volume("update", group, "gradients", "all-reduce", ranks, stride, size * count, 1)
