@@ -82,6 +82,8 @@ def _one_run(folder: Path, part: str, number: int) -> None:
     _make(run_dir, folder, part)
     scratch, save = folder / "tmp" / f"run_{number:04d}", chance.choice(SAVES)
     launcher = chance.choices(("forks", "megarl", "torchrun"), (14, 1, 1))[0]
+    if part == "rl" and launcher == "forks":  # vLLM, imported before a rank is, replaces what Megatron is patched with
+        launcher = "megarl"
     run = kills.Run(_command(folder, part, run_dir, launcher, save), run_dir / part, scratch)
     done, waits, started, step = [], [], time.monotonic(), 1
     for _ in range(KILLS_PER_RUN):

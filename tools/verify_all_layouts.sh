@@ -34,7 +34,7 @@ versions=$($MEGARL doctor | awk '$1 == "torch" || $1 == "megatron-core" { printf
 {
     printf '# Layouts against one process\n\n    tools/verify_all_layouts.sh\n\n'
     cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
-    printf '%s, %s cores (%s); %s.\n\n' "$(date +%F)" "$(nproc)" "$cpu" "$versions"
+    printf '%s, %s cores (%s); %s.\n\n' "$(date +%F)" "$(env -u OMP_NUM_THREADS nproc)" "$cpu" "$versions"
     cat <<'EOF'
 A line is one optimizer step with one loss in one layout. `loss`: difference / max(1, |loss|). `norm`: of the gradient,
 relative, the worse of both steps and of all ranks. `gradient`, `sgd`, `adam`: the worst tensor, |difference| / |tensor|, of

@@ -212,13 +212,17 @@ def _tensors(straight: Path, stopped: Path) -> Iterator[tuple[str, Any, Any]]:
 
     platform.setup()
     import torch
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     from megarl.config.schema import Parallel
     from megarl.parallel import Mesh
 
     Mesh.build(Parallel())
-    mine, other = (dict(_values(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (straight, stopped))
+    try:
+        mine, other = (dict(_values(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (straight, stopped))
+    finally:  # the next part is compared in a world of its own
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
     if mine.keys() != other.keys():
         raise RunFailed(f"verify resume: the checkpoints hold other tensors: {sorted(mine.keys() ^ other.keys())[:5]}")
     for name in mine:

@@ -88,15 +88,6 @@ def part(folder, state=(1, 2), weights=(1.0, 2.0), answer="2", lr=0.1):
     return folder
 
 
-@pytest.fixture
-def one_rank():
-    yield
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
-@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     "changed, said",
     [
