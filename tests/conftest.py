@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.program import Project
+
+
+@pytest.fixture(autouse=True)
+def own_loss_scale() -> Iterator[None]:
+    """Megatron's scale of auxiliary losses, of all models in a process, has the shape of whoever set it first."""
+    yield
+    if "megatron.core.transformer.moe.moe_utils" in sys.modules:
+        sys.modules["megatron.core.transformer.moe.moe_utils"].MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="session")
