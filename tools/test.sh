@@ -7,5 +7,5 @@ tools/setup.sh
 .venv/bin/ruff check .
 .venv/bin/lint-imports
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest -m "not slow" "$@"
