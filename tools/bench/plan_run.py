@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "bench")]
+sys.path[:0] = [str(ROOT)]
+
+from tools.bench.plan import LIMIT, error, line  # noqa: E402
 
 MODEL = dict(num_layers=4, hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, num_experts=16, top_k=2)
 MODEL |= dict(moe_intermediate_size=128, context=128)
@@ -48,7 +50,6 @@ EXCHANGES = {  # name -> (learner, rollout)
     "pp2ep2 -> 2 x dp2+experts, sent": (dict(pp=2, ep=2), LOCK_STEP),
 }
 PHASES = {"rollout": "rollout", "sync": "sync", "log_probs": "old_log_probs", "update": "update"}
-LIMIT = 0.10
 
 
 def config_of(case: str, folder: Path) -> dict[str, Any]:
@@ -132,16 +133,6 @@ def exchanged(config: dict[str, Any]) -> tuple[int, int]:
         pass
     platform.synchronize()
     return real.window_bytes + real.message_bytes, buffer_bytes(plan, mesh.rank, is_cpu=False)
-
-
-def error(row: tuple[str, str, float, float]) -> float:
-    _, _, measured, predicted = row
-    return abs(predicted - measured) / max(measured, 1.0)
-
-
-def line(row: tuple[str, str, float, float]) -> str:
-    name, what, measured, predicted = row
-    return f"| {name} | {what} | {measured:,.0f} | {predicted:,.0f} | {(predicted - measured) / max(measured, 1.0):+.1%} |"
 
 
 def main() -> None:
